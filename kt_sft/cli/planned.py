@@ -1,0 +1,33 @@
+"""Verbs that users of KTransformers know and that kt-sft does not have yet: one line each on what to do instead."""
+
+from __future__ import annotations
+
+import typer
+
+INSTEAD = {
+    "convert": "experts are packed on the first start and cached; set kt_expert_weight_format and just train or chat.",
+    "quant": "experts are packed on the first start and cached; set kt_expert_weight_format: int8 or int4.",
+    "run": "write a YAML with model_name_or_path, template and use_kt: true, then: kt-sft chat FILE.yaml",
+    "bench": "from a source checkout run: python -m benchmarks.bench_experts",
+    "doctor": "kt-sft version shows the CPU's kernels and the packages around them.",
+    "config": "settings are keys of the training YAML (use_kt, kt_config); see docs/configuration.md.",
+    "model": "model_name_or_path takes a folder or a hub name.",
+    "download": "use huggingface-cli download, then put the folder into model_name_or_path.",
+}
+
+
+def register(app: typer.Typer) -> None:
+    for verb in INSTEAD:
+        app.command(
+            verb,
+            hidden=True,
+            add_help_option=False,
+            context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+        )(_refusal(verb))
+
+
+def _refusal(verb: str):
+    def command() -> None:
+        raise ValueError(f"{verb} is not available yet: {INSTEAD[verb]}")
+
+    return command
