@@ -33,9 +33,9 @@ def _package_rows() -> list[tuple[str, str]]:
 
 def _kernel_rows() -> list[tuple[str, str]]:
     try:
-        from kt_sft import native
+        from kt_sft.native import info as kernel_info
 
-        info = native.info()
+        info = kernel_info()
     except ImportError as error:
         return [("kernels", f"not built ({error}); run: pip install .")]
     return [

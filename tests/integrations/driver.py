@@ -1,0 +1,50 @@
+"""Run LLaMA-Factory jobs one after another in this process: ``python driver.py jobs.json``.
+
+A job is {"verb": "train" | "chat" | "load", "args": {...}}. Results go to jobs.results.json:
+train -> None, chat -> the reply to "Who are you?", load -> what the loaded model looks like.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+
+def train(args: dict[str, Any]) -> None:
+    from llamafactory.train.tuner import run_exp
+
+    run_exp(args)
+
+
+def chat(args: dict[str, Any]) -> str:
+    from llamafactory.chat import ChatModel
+
+    question = [{"role": "user", "content": "Who are you?"}]
+    return ChatModel(args).chat(question, max_new_tokens=8, do_sample=False)[0].response_text
+
+
+def load(args: dict[str, Any]) -> dict[str, Any]:
+    from llamafactory.hparams import get_train_args
+    from llamafactory.model import load_model, load_tokenizer
+
+    model_args, _, training_args, finetuning_args, _ = get_train_args(args)
+    tokenizer = load_tokenizer(model_args)["tokenizer"]
+    model = load_model(tokenizer, model_args, finetuning_args, is_trainable=True)
+    return {
+        "modules": sorted({type(module).__name__ for module in model.modules()}),
+        "trainable": [name for name, parameter in model.named_parameters() if parameter.requires_grad],
+        "n_gpu": training_args.n_gpu,
+    }
+
+
+def main() -> None:
+    path = Path(sys.argv[1])
+    verbs = {"train": train, "chat": chat, "load": load}
+    results = [verbs[job["verb"]](job["args"]) for job in json.loads(path.read_text())]
+    path.with_suffix(".results.json").write_text(json.dumps(results))
+
+
+if __name__ == "__main__":
+    main()
