@@ -1,56 +1,157 @@
-"""Packed frozen experts (interim torch stand-in with the final interface)."""
+"""Packed frozen experts of one layer: one flat buffer of codes and scales that forward and backward both read.
+
+The layout (csrc/kernels/panel.h) does not depend on instruction set, threads or NUMA nodes; expert e is the e-th of E
+equal slices of ``storage``. Shape suffixes: E experts, D hidden, F intermediate.
+"""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
+from kt_sft import native
+
+from .quantize import QMAX, quantize, resolve_group_size
+
+_GATE, _UP, _DOWN = range(3)
+
 
 class PackedExperts:
-    def __init__(self, num_experts, hidden_size, intermediate_size, weight_format, group_size, storage):
+    """E experts of shapes gate (F, D), up (F, D), down (D, F) in ``weight_format`` bf16, int8 or int4.
+
+    ``group_size`` is the number of input features that share a scale: 32, 64, 128 or 0 for one scale per output channel;
+    None takes the format's default (int8: 0, int4: 32).
+    """
+
+    def __init__(
+        self,
+        storage: Tensor,
+        num_experts: int,
+        hidden_size: int,
+        intermediate_size: int,
+        weight_format: str = "int8",
+        group_size: int | None = None,
+    ) -> None:
         self.num_experts, self.hidden_size, self.intermediate_size = num_experts, hidden_size, intermediate_size
-        self.weight_format, self.group_size = weight_format, group_size
-        self.storage = storage  # uint8 (nbytes,)
+        self.weight_format, self.group_size = weight_format, resolve_group_size(weight_format, group_size)
+        expected = self.nbytes_for(num_experts, hidden_size, intermediate_size, weight_format, group_size)
+        if storage.dtype != torch.uint8 or storage.shape != (expected,) or storage.device.type != "cpu":
+            raise ValueError(
+                f"storage: expected a CPU uint8 tensor of {expected} bytes, "
+                f"got {storage.dtype} {tuple(storage.shape)} on {storage.device}"
+            )
+        self.storage = storage
 
     @staticmethod
-    def nbytes_for(num_experts, hidden_size, intermediate_size, weight_format, group_size=None) -> int:
-        return num_experts * 3 * hidden_size * intermediate_size * 2
+    def nbytes_for(
+        num_experts: int, hidden_size: int, intermediate_size: int, weight_format: str, group_size: int | None = None
+    ) -> int:
+        """Bytes of the storage."""
+        group = resolve_group_size(weight_format, group_size)
+        return native.packed_bytes(num_experts, hidden_size, intermediate_size, weight_format, group)
 
     @classmethod
-    def empty(cls, num_experts, hidden_size, intermediate_size, weight_format="int8", group_size=None):
-        n = cls.nbytes_for(num_experts, hidden_size, intermediate_size, weight_format, group_size)
-        return cls(num_experts, hidden_size, intermediate_size, weight_format, group_size, torch.empty(n, dtype=torch.uint8))
+    def empty(
+        cls,
+        num_experts: int,
+        hidden_size: int,
+        intermediate_size: int,
+        weight_format: str = "int8",
+        group_size: int | None = None,
+    ) -> PackedExperts:
+        """Unfilled storage in anonymous memory; fill it with :meth:`pack_expert_`."""
+        sizes = (num_experts, hidden_size, intermediate_size, weight_format, group_size)
+        return cls(torch.empty(cls.nbytes_for(*sizes), dtype=torch.uint8), *sizes)
 
     @classmethod
-    def from_storage(cls, storage, num_experts, hidden_size, intermediate_size, weight_format, group_size=None):
-        return cls(num_experts, hidden_size, intermediate_size, weight_format, group_size, storage)
+    def from_storage(
+        cls,
+        storage: Tensor,
+        num_experts: int,
+        hidden_size: int,
+        intermediate_size: int,
+        weight_format: str = "int8",
+        group_size: int | None = None,
+    ) -> PackedExperts:
+        """Experts over an existing buffer, for example a mapped cache file; nothing is copied."""
+        return cls(storage, num_experts, hidden_size, intermediate_size, weight_format, group_size)
 
     @property
     def nbytes(self) -> int:
+        """Bytes held: codes, scales and padding."""
         return self.storage.numel()
 
-    def _views(self):
-        v = self.storage.view(torch.bfloat16).view(self.num_experts, 3, -1)
-        E, D, F = self.num_experts, self.hidden_size, self.intermediate_size
-        return v[:, 0].view(E, F, D), v[:, 1].view(E, F, D), v[:, 2].view(E, D, F)
+    def native_args(self) -> tuple:
+        """The arguments by which the kernels know these experts."""
+        return (
+            self.storage,
+            self.num_experts,
+            self.hidden_size,
+            self.intermediate_size,
+            self.weight_format,
+            self.group_size,
+        )
+
+    def _shape(self, projection: int) -> tuple[int, int]:
+        D, F = self.hidden_size, self.intermediate_size
+        return (D, F) if projection == _DOWN else (F, D)
 
     def pack_expert_(self, index: int, gate_FD: Tensor, up_FD: Tensor, down_DF: Tensor) -> None:
-        for dst, src in zip(self._views(), (gate_FD, up_FD, down_DF)):
-            w = src.float()
-            if self.weight_format != "bf16":
-                q = 127 if self.weight_format == "int8" else 7
-                g = self.group_size or w.shape[1]
-                w3 = w.view(w.shape[0], -1, g)
-                s = (w3.abs().amax(-1, keepdim=True) / q).clamp_min(1e-12)
-                w = ((w3 / s).round().clamp(-q, q) * s).view_as(w)
-            dst[index].copy_(w)
+        """Quantise and pack one expert in place. Raises ValueError on a wrong shape and on NaN or Inf."""
+        for projection, (name, weight) in enumerate((("gate", gate_FD), ("up", up_FD), ("down", down_DF))):
+            if tuple(weight.shape) != self._shape(projection) or not weight.is_floating_point():
+                raise ValueError(
+                    f"{name}_proj of expert {index}: expected a float tensor of shape {self._shape(projection)}, "
+                    f"got {weight.dtype} {tuple(weight.shape)}"
+                )
+            try:
+                codes, scales = self._codes(weight.detach().cpu())
+            except ValueError as error:
+                raise ValueError(f"{name}_proj of expert {index}: {error}") from None
+            native.pack(*self.native_args(), index, projection, codes, scales)
+
+    def _codes(self, weight: Tensor) -> tuple[Tensor, Tensor | None]:
+        if self.weight_format in QMAX:
+            return quantize(weight, self.weight_format, self.group_size)
+        codes = weight.to(torch.bfloat16).contiguous()
+        # isfinite(sum of 0 * w) finds a NaN or Inf in one pass without a mask of the weight's size
+        if not torch.isfinite((codes * 0).sum()):
+            raise ValueError("weights: expected finite values, got NaN or Inf")
+        return codes, None
 
     def dequantize(self) -> tuple[Tensor, Tensor, Tensor]:
-        return tuple(t.clone() for t in self._views())
+        """The bf16 values that enter every product: gate (E, F, D), up (E, F, D), down (E, D, F)."""
+        out = tuple(torch.empty(self.num_experts, *self._shape(p), dtype=torch.bfloat16) for p in (_GATE, _UP, _DOWN))
+        for projection, weights in enumerate(out):
+            for e in range(self.num_experts):
+                native.unpack(*self.native_args(), e, projection, weights[e])
+        return out
+
+    def __repr__(self) -> str:
+        return (
+            f"PackedExperts(E={self.num_experts}, D={self.hidden_size}, F={self.intermediate_size}, "
+            f"{self.weight_format}, group_size={self.group_size}, {self.nbytes / 2**20:.1f} MiB)"
+        )
 
 
-def pack_experts(gate_proj, up_proj, down_proj, weight_format="int8", group_size=None) -> PackedExperts:
+def pack_experts(
+    gate_proj: Tensor,
+    up_proj: Tensor,
+    down_proj: Tensor,
+    weight_format: str = "int8",
+    group_size: int | None = None,
+) -> PackedExperts:
+    """Pack frozen experts: gate_proj (E, F, D), up_proj (E, F, D), down_proj (E, D, F), any float dtype.
+
+    weight_format is bf16, int8 or int4; group_size 32, 64, 128, 0 (per channel) or None (the format's default).
+    Raises ValueError on shapes that do not fit together, NaN or Inf, an unknown format or group size.
+    """
+    if gate_proj.dim() != 3:
+        raise ValueError(f"gate_proj: expected shape (E, F, D), got {tuple(gate_proj.shape)}")
     E, F, D = gate_proj.shape
+    for name, weight, shape in (("up_proj", up_proj, (E, F, D)), ("down_proj", down_proj, (E, D, F))):
+        if tuple(weight.shape) != shape:
+            raise ValueError(f"{name}: expected shape {shape} to fit gate_proj, got {tuple(weight.shape)}")
     packed = PackedExperts.empty(E, D, F, weight_format, group_size)
     for e in range(E):
         packed.pack_expert_(e, gate_proj[e], up_proj[e], down_proj[e])

@@ -1,0 +1,80 @@
+// The register-blocked product of broadcast kernels (AVX512-BF16, AVX512, AVX2), over the multiply-add vocabulary Mac:
+//   C[i][j] += sum_q left[i][q] * right[q][j]   on tiles as panel.h defines them.
+// Mac gives: Elem, Acc (one register), kRows and kTiles (register block: kRows x kTiles * 16 columns), kVecs registers
+// per tile row, kSteps multiply-add steps per tile, load_right / broadcast_left / madd, load_acc / store_acc / zero_acc.
+// Included inside the variant's namespace.
+#pragma once
+
+// C tile (i, j) is at c + i * c_i + j * c_j, [16][16] floats.
+struct BlockArgs {
+  const void* left;
+  const void* right;
+  float* c;
+  int64_t left_stride, right_stride;  // tiles from one row of tiles to the next
+  int64_t c_i, c_j;                   // floats
+  int rows;                           // left rows that matter
+  int right_tiles, q_tiles;
+  bool accumulate;                    // else C starts from zero
+};
+
+template <class Mac, int Rows, int Tiles>
+inline void multiply_block(const typename Mac::Elem* left, const typename Mac::Elem* right, int64_t right_stride, float* c,
+                           int64_t c_j, int q_tiles, bool accumulate) {
+  constexpr int kV = Mac::kVecs;
+  typename Mac::Acc acc[Rows][Tiles * kV];
+#pragma GCC unroll 8
+  for (int r = 0; r < Rows; ++r) {
+#pragma GCC unroll 4
+    for (int v = 0; v < Tiles * kV; ++v)
+      acc[r][v] = accumulate ? Mac::load_acc(c + r * 16 + (v / kV) * c_j + (v % kV) * Mac::kLanes) : Mac::zero_acc();
+  }
+  for (int q = 0; q < q_tiles; ++q) {
+    const auto* l = left + int64_t{q} * kTileElems;
+    const auto* r0 = right + int64_t{q} * kTileElems;
+    for (int s = 0; s < Mac::kSteps; ++s) {
+      typename Mac::Right b[Tiles * kV];
+#pragma GCC unroll 4
+      for (int v = 0; v < Tiles * kV; ++v) b[v] = Mac::load_right(r0 + (v / kV) * right_stride * kTileElems, s, v % kV);
+#pragma GCC unroll 8
+      for (int r = 0; r < Rows; ++r) {
+        const auto a = Mac::broadcast_left(l + r * kTileSteps, s);
+#pragma GCC unroll 4
+        for (int v = 0; v < Tiles * kV; ++v) acc[r][v] = Mac::madd(acc[r][v], a, b[v]);
+      }
+    }
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < Rows; ++r) {
+#pragma GCC unroll 4
+    for (int v = 0; v < Tiles * kV; ++v) Mac::store_acc(c + r * 16 + (v / kV) * c_j + (v % kV) * Mac::kLanes, acc[r][v]);
+  }
+}
+
+template <class Mac, int Rows>
+inline void multiply_rows(const BlockArgs& g, int tile, int row) {
+  using Elem = typename Mac::Elem;
+  const Elem* left = static_cast<const Elem*>(g.left) + tile * g.left_stride * kTileElems + row * kTileSteps;
+  const Elem* right = static_cast<const Elem*>(g.right);
+  float* c = g.c + tile * g.c_i + row * 16;
+  int j = 0;
+  for (; j + Mac::kTiles <= g.right_tiles; j += Mac::kTiles)
+    multiply_block<Mac, Rows, Mac::kTiles>(left, right + j * g.right_stride * kTileElems, g.right_stride, c + j * g.c_j,
+                                           g.c_j, g.q_tiles, g.accumulate);
+  if constexpr (Mac::kTiles > 1) {
+    for (; j < g.right_tiles; ++j)
+      multiply_block<Mac, Rows, 1>(left, right + j * g.right_stride * kTileElems, g.right_stride, c + j * g.c_j, g.c_j,
+                                   g.q_tiles, g.accumulate);
+  }
+}
+
+template <class Mac>
+inline void multiply_tiles(const BlockArgs& g) {
+  for (int tile = 0; tile * kTileRows < g.rows; ++tile) {
+    const int rows = g.rows - tile * kTileRows < kTileRows ? g.rows - tile * kTileRows : kTileRows;
+    int row = 0;
+    for (; row + Mac::kRows <= rows; row += Mac::kRows) multiply_rows<Mac, Mac::kRows>(g, tile, row);
+    if constexpr (Mac::kRows > 4)
+      for (; row + 4 <= rows; row += 4) multiply_rows<Mac, 4>(g, tile, row);
+    for (; row < rows; ++row) multiply_rows<Mac, 1>(g, tile, row);
+  }
+}

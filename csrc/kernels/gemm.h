@@ -1,0 +1,251 @@
+// The one driver: batch-reduce product over packed or dense weights, and the packing of tiles.
+//   out[m][c] = sum_terms sum_q act[m][q] * W[c][q]
+// Loop order: reduction panels of kPanelTiles outermost, then strips of 32 weight columns, then activation tiles. A
+// decoded strip panel (16 KiB of bf16) stays in L1 for all rows; the activations of a panel and the accumulators stay in
+// L2 for all strips; the codes are read once.
+// Included inside the variant's namespace after Ops.
+#pragma once
+
+inline int min_int(int a, int b) { return a < b ? a : b; }
+
+// ---- decoding packed blocks into tiles -------------------------------------------------------------------------------
+
+// Strip of 32 rows n (block row nb), q = k: right tiles [2][q_tiles].
+template <class Format, bool Scaled>
+inline void decode_right(const PackedMatrix& w, int nb, int kb0, int q_tiles, Ops::Elem* dst) {
+  const int bytes = pair_bytes(w.format);
+  for (int q = 0; q < q_tiles; ++q) {
+    const uint8_t* block = w.block(nb, kb0 + q);
+    const uint16_t* scales = w.block_scales(nb, kb0 + q);
+    for (int half = 0; half < kStripTiles; ++half) {
+      Ops::Elem* tile = dst + (half * int64_t{kPanelTiles} + q) * kTileElems;
+      Vec::F32 scale{};
+      if constexpr (Scaled) scale = Vec::load_bf16(scales + half * kTileRows);
+      for (int p = 0; p < kPairs; ++p) {
+        Vec::F32 even, odd;
+        Format::template decode<Vec>(block + (p * kBlock + half * kTileRows) * bytes, even, odd);
+        if constexpr (Scaled) even = Vec::mul(even, scale), odd = Vec::mul(odd, scale);
+        Ops::store_right(tile, p, even, odd);
+      }
+    }
+  }
+}
+
+// Strip of 32 columns k (block column kb), q = n: left tiles [2][q_tiles].
+template <class Format, bool Scaled>
+inline void decode_left(const PackedMatrix& w, int kb, int nb0, int q_tiles, Ops::Elem* dst) {
+  const int bytes = pair_bytes(w.format);
+  for (int q = 0; q < q_tiles; ++q) {
+    const uint8_t* block = w.block(nb0 + q, kb);
+    const uint16_t* scales = w.block_scales(nb0 + q, kb);
+    for (int half = 0; half < kBlock / kTileRows; ++half) {
+      Vec::F32 scale{};
+      if constexpr (Scaled) scale = Vec::load_bf16(scales + half * kTileRows);
+      for (int p = 0; p < kPairs; ++p) {
+        Vec::F32 even, odd;
+        Format::template decode<Vec>(block + (p * kBlock + half * kTileRows) * bytes, even, odd);
+        if constexpr (Scaled) even = Vec::mul(even, scale), odd = Vec::mul(odd, scale);
+        const int row = 2 * p;
+        Ops::Elem* tile = dst + ((row / kTileRows) * int64_t{kPanelTiles} + q) * kTileElems;
+        Ops::Elem* at = tile + (row % kTileRows) * kTileSteps + half * kTileRows;
+        Ops::store_left(at, even);
+        Ops::store_left(at + kTileSteps, odd);
+      }
+    }
+  }
+}
+
+template <class Format, bool Scaled>
+inline void decode(Side weight_side, const PackedMatrix& w, int strip, int q0, int q_tiles, Ops::Elem* dst) {
+  if (weight_side == Side::right) {
+    decode_right<Format, Scaled>(w, strip, q0, q_tiles, dst);
+  } else {
+    decode_left<Format, Scaled>(w, strip, q0, q_tiles, dst);
+  }
+}
+
+inline void decode_any(Side weight_side, const PackedMatrix& w, int strip, int q0, int q_tiles, Ops::Elem* dst) {
+  switch (w.format) {
+#define KT_FORMAT(name, Struct, pair_bytes, has_scales) \
+  case kt_sft::Format::name:                            \
+    return decode<Struct, has_scales>(weight_side, w, strip, q0, q_tiles, dst);
+#include "kernels/registry.inc"
+  }
+}
+
+// ---- packing dense operands ------------------------------------------------------------------------------------------
+
+inline uint32_t bits_of(float v) {
+  uint32_t bits;
+  __builtin_memcpy(&bits, &v, 4);
+  return bits;
+}
+inline float float_of(uint32_t bits) {
+  float v;
+  __builtin_memcpy(&v, &bits, 4);
+  return v;
+}
+// Round to nearest even; NaN stays NaN.
+inline uint16_t to_bf16(float v) {
+  const uint32_t bits = bits_of(v);
+  const uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  return static_cast<uint16_t>(v != v ? 0x7fc0 : rounded);
+}
+inline void convert(uint16_t from, uint16_t& to) { to = from; }
+inline void convert(uint16_t from, float& to) { to = float_of(uint32_t{from} << 16); }
+inline void convert(float from, uint16_t& to) { to = to_bf16(from); }
+inline void convert(float from, float& to) { to = float_of(uint32_t{to_bf16(from)} << 16); }
+
+// dst[a][b], a < Rows, b < Cols: element (a0 + a, b0 + b) of a matrix whose b runs contiguously; zeros outside na, nb.
+template <int Rows, int Cols, class Src>
+inline void copy_in(const Src* base, int64_t stride, const int32_t* index, int a0, int na, int b0, int nb, Ops::Elem* dst) {
+  for (int a = 0; a < Rows; ++a) {
+    Ops::Elem* row = dst + a * Cols;
+    if (a >= na || nb <= 0) {
+      for (int b = 0; b < Cols; ++b) row[b] = 0;
+      continue;
+    }
+    const Src* src = base + int64_t{index ? index[a0 + a] : a0 + a} * stride + b0;
+    if (nb >= Cols) {
+      for (int b = 0; b < Cols; ++b) convert(src[b], row[b]);
+    } else {
+      for (int b = 0; b < nb; ++b) convert(src[b], row[b]);
+      for (int b = nb; b < Cols; ++b) row[b] = 0;
+    }
+  }
+}
+
+template <int Rows, int Cols>
+inline void copy_any(const DenseView& v, int64_t stride, const int32_t* index, int a0, int na, int b0, int nb, Ops::Elem* dst) {
+  if (v.is_float) {
+    copy_in<Rows, Cols>(static_cast<const float*>(v.base), stride, index, a0, na, b0, nb, dst);
+  } else {
+    copy_in<Rows, Cols>(static_cast<const uint16_t*>(v.base), stride, index, a0, na, b0, nb, dst);
+  }
+}
+
+// [16 c][32 q] -> right tile.
+inline void right_from_rows(const Ops::Elem* rows, Ops::Elem* tile) {
+  constexpr int kWords = kTileSteps * sizeof(Ops::Elem) / 4;  // 16 words of bf16 pairs, or 32 floats
+  for (int w = 0; w < kWords; w += 16) {
+    const uint32_t* at[16];
+    for (int c = 0; c < 16; ++c) at[c] = reinterpret_cast<const uint32_t*>(rows + c * kTileSteps) + w;
+    transpose16(at, reinterpret_cast<uint32_t*>(tile) + w * 16);
+  }
+}
+
+// [32 q][16 c] -> right tile.
+inline void right_from_columns(const Ops::Elem* columns, Ops::Elem* tile) {
+  if constexpr (sizeof(Ops::Elem) == 2) {
+    for (int p = 0; p < kPairs; ++p)
+      for (int c = 0; c < 16; ++c) {
+        tile[p * 32 + 2 * c] = columns[(2 * p) * 16 + c];
+        tile[p * 32 + 2 * c + 1] = columns[(2 * p + 1) * 16 + c];
+      }
+  } else {
+    __builtin_memcpy(tile, columns, kTileElems * sizeof(Ops::Elem));
+  }
+}
+
+inline void pack_tile(const PackArgs& p, int c, int q, Ops::Elem* tile) {
+  const int nc = min_int(kTileRows, p.nc - c), nq = min_int(kTileSteps, p.nq - q);
+  alignas(64) Ops::Elem buffer[kTileElems];
+  if (p.view.qs == 1) {
+    Ops::Elem* rows = p.side == Side::left ? tile : buffer;
+    copy_any<kTileRows, kTileSteps>(p.view, p.view.cs, p.view.cidx, p.c0 + c, nc, p.q0 + q, nq, rows);
+    if (p.side == Side::right) right_from_rows(buffer, tile);
+    return;
+  }
+  copy_any<kTileSteps, kTileRows>(p.view, p.view.qs, p.view.qidx, p.q0 + q, nq, p.c0 + c, nc, buffer);
+  if (p.side == Side::right) {
+    right_from_columns(buffer, tile);
+  } else {
+    for (int i = 0; i < kTileRows; ++i)
+      for (int s = 0; s < kTileSteps; ++s) tile[i * kTileSteps + s] = buffer[s * kTileRows + i];
+  }
+}
+
+inline void pack_tiles(const PackArgs& p) {
+  auto* dst = static_cast<Ops::Elem*>(p.dst);
+  for (int c = 0; c < p.nc; c += kTileRows)
+    for (int q = 0; q < p.nq; q += kTileSteps)
+      pack_tile(p, c, q, dst + ((c / kTileRows) * p.q_stride + q / kTileSteps) * kTileElems);
+}
+
+// ---- the driver ------------------------------------------------------------------------------------------------------
+
+constexpr int kPanelElems = kStripTiles * kPanelTiles * kTileElems;
+constexpr int kMaxMTiles = kMaxRows / kTileRows;
+constexpr int kMaxStrips = kMaxCols / kBlock;
+constexpr size_t kScratchBytes = kPanelElems * sizeof(Ops::Elem) + size_t{kMaxRows} * kMaxCols * sizeof(float);
+
+// Accumulator tile (m tile, weight tile) of a strip.
+inline float* accumulator(float* c, int strip, int m_tiles, int m_tile, int w_tile) {
+  return c + ((int64_t{strip} * m_tiles + m_tile) * kStripTiles + w_tile) * 256;
+}
+
+inline void multiply_panel(const GemmArgs& g, const GemmTerm& term, int strip, int q0, int q_tiles, bool accumulate,
+                           const Ops::Elem* panel, float* c) {
+  const int m_tiles = (g.m + kTileRows - 1) / kTileRows, all_q = (term.q + kTileSteps - 1) / kTileSteps;
+  const auto* act = static_cast<const Ops::Elem*>(term.act) + int64_t{q0} * kTileElems;
+  float* acc = accumulator(c, strip, m_tiles, 0, 0);
+  if (g.side == Side::left) {
+    ActiveOps::multiply({act, panel, acc, all_q, kPanelTiles, kStripTiles * 256, 256, g.m, kStripTiles, q_tiles, accumulate});
+  } else {
+    ActiveOps::multiply({panel, act, acc, kPanelTiles, all_q, 256, kStripTiles * 256, kBlock, m_tiles, q_tiles, accumulate});
+  }
+}
+
+inline void load_panel(const GemmArgs& g, const GemmTerm& term, int strip, int q0, int q_tiles, Ops::Elem* panel) {
+  const Side weight_side = g.side == Side::left ? Side::right : Side::left;
+  if (term.packed != nullptr) {
+    decode_any(weight_side, *term.packed, g.c0 / kBlock + strip, q0, q_tiles, panel);
+    return;
+  }
+  const int c = g.c0 + strip * kBlock, q = q0 * kTileSteps;
+  const int nc = min_int(kBlock, g.c0 + g.nc - c), nq = min_int(q_tiles * kTileSteps, term.q - q);
+  if (nc <= kTileRows) __builtin_memset(panel + kPanelTiles * kTileElems, 0, kPanelTiles * kTileElems * sizeof(Ops::Elem));
+  pack_tiles({weight_side, *term.dense, c, nc, q, nq, panel, kPanelTiles});
+}
+
+// Accumulator tiles -> rows of out.
+inline void emit(const GemmArgs& g, const float* c) {
+  const int m_tiles = (g.m + kTileRows - 1) / kTileRows;
+  alignas(64) float turned[256];
+  for (int w = 0; w * kTileRows < g.nc; ++w) {
+    const int cols = min_int(kTileRows, g.nc - w * kTileRows);
+    for (int i = 0; i < m_tiles; ++i) {
+      const float* tile = c + ((int64_t{w / kStripTiles} * m_tiles + i) * kStripTiles + w % kStripTiles) * 256;
+      if (g.side == Side::right) {
+        const uint32_t* rows[16];
+        for (int r = 0; r < 16; ++r) rows[r] = reinterpret_cast<const uint32_t*>(tile) + r * 16;
+        transpose16(rows, reinterpret_cast<uint32_t*>(turned));
+        tile = turned;
+      }
+      for (int r = 0; r < kTileRows && i * kTileRows + r < g.m; ++r)
+        __builtin_memcpy(g.out + (i * kTileRows + r) * g.ldo + w * kTileRows, tile + r * 16, cols * sizeof(float));
+    }
+  }
+}
+
+inline void gemm(const GemmArgs& g) {
+  auto* panel = static_cast<Ops::Elem*>(g.scratch);
+  auto* c = reinterpret_cast<float*>(panel + kPanelElems);
+  const int strips = (g.nc + kBlock - 1) / kBlock;
+  bool accumulate = false;
+  ActiveOps::begin();
+  for (int t = 0; t < g.num_terms; ++t) {
+    const GemmTerm& term = g.terms[t];
+    const int all_q = (term.q + kTileSteps - 1) / kTileSteps;
+    for (int q0 = 0; q0 < all_q; q0 += kPanelTiles) {
+      const int q_tiles = min_int(kPanelTiles, all_q - q0);
+      for (int strip = 0; strip < strips; ++strip) {
+        load_panel(g, term, strip, q0, q_tiles, panel);
+        multiply_panel(g, term, strip, q0, q_tiles, accumulate, panel, c);
+      }
+      accumulate = true;
+    }
+  }
+  ActiveOps::end();
+  emit(g, c);
+}

@@ -1,0 +1,62 @@
+// What a compiled variant offers to the layers above: no intrinsics, no templates.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+
+#include "kernels/panel.h"
+
+namespace kt_sft {
+
+enum class Side { left, right };  // which operand the activations are; the weights are the other one
+
+// One addend of a batch-reduce product: activations (m, q) times weights (c, q).
+struct GemmTerm {
+  const void* act;             // packed tiles [m tile][q tile], q_tiles = ceil(q / 32)
+  int q;
+  const PackedMatrix* packed;  // either packed weights: (c, q) = (n, k) if the activations are left, (k, n) if right
+  const DenseView* dense;      // or a dense factor with element (c, q)
+};
+
+// out[m][c - c0] = sum over terms, fp32, overwritten; c0 a multiple of 32; m <= max_rows, nc <= max_cols.
+struct GemmArgs {
+  Side side;
+  const GemmTerm* terms;
+  int num_terms;
+  int m, c0, nc;
+  float* out;
+  int64_t ldo;
+  void* scratch;  // gemm_scratch_bytes, 64-byte aligned, one per thread
+};
+
+struct PackArgs {
+  Side side;
+  DenseView view;
+  int c0, nc, q0, nq;
+  void* dst;         // tile (c0, q0); the rest of the last tiles is filled with zeros
+  int64_t q_stride;  // tiles from one row of tiles to the next
+};
+
+struct KernelTable {
+  const char* name;
+  size_t tile_bytes;
+  size_t gemm_scratch_bytes;
+  void (*pack)(const PackArgs&);
+  void (*gemm)(const GemmArgs&);
+  // h = silu(g) * u in fp32; g and u also as bf16 where g_saved is not null.
+  void (*swiglu)(const float* g, const float* u, int n, float* h, uint16_t* g_saved, uint16_t* u_saved);
+  // h = bf16(silu(g) * u) from the saved bf16 values.
+  void (*swiglu_hidden)(const uint16_t* g, const uint16_t* u, int n, uint16_t* h);
+  // dg, du of w * z; dw_parts[i / 32] = sum of z * h over 32 columns (a fixed order, whatever the split of the work).
+  void (*swiglu_backward)(const uint16_t* g, const uint16_t* u, const float* z, float w, int n, float* dg, float* du,
+                          float* dw_parts);
+  void (*to_bf16)(const float* from, int n, uint16_t* to);
+};
+
+constexpr int64_t tiles(int64_t c, int64_t q) { return ceil_div(c, kTileRows) * ceil_div(q, kTileSteps); }
+
+// The table that KT_SFT_ISA names, or the best that this CPU runs. Throws if the CPU cannot run it.
+const KernelTable& kernels();
+void select_isa(const char* name);  // null or "auto": the best
+const char* const* runnable_isas(int* count);
+
+}  // namespace kt_sft

@@ -1,0 +1,123 @@
+// Tile operations on AMX: TDPBF16PS on 2 x 2 tiles; decoding and stores are AVX512's.
+// https://www.intel.com/content/www/us/en/docs/intrinsics-guide (AMX-TILE, AMX-BF16)
+// With KT_SFT_TILE_MODEL the tile unit is a software model, so that the same code is tested where there is no AMX.
+// Included inside the variant's namespace.
+#pragma once
+
+#define Mac UnusedMac
+#include "kernels/tile_ops_avx512.h"
+#undef Mac
+
+#ifdef KT_SFT_TILE_MODEL
+struct TileUnit {
+  // Poisoned when the configuration is dropped, so that a product on unloaded tiles cannot pass a test.
+  static float (&tile(int index))[16][16] {
+    static thread_local float tiles[8][16][16];
+    return tiles[index];
+  }
+  static void configure(const void*) {}
+  static void release() {
+    for (int i = 0; i < 8; ++i) __builtin_memset(tile(i), 0xff, sizeof(float[16][16]));
+  }
+  template <int T>
+  static void zero() { __builtin_memset(tile(T), 0, sizeof(float[16][16])); }
+  template <int T>
+  static void load(const void* p) { __builtin_memcpy(tile(T), p, sizeof(float[16][16])); }
+  template <int T>
+  static void store(void* p) { __builtin_memcpy(p, tile(T), sizeof(float[16][16])); }
+  static float half(float word, int high) {
+    uint32_t bits;
+    __builtin_memcpy(&bits, &word, 4);
+    bits = high ? bits & 0xffff0000u : bits << 16;
+    float value;
+    __builtin_memcpy(&value, &bits, 4);
+    return value;
+  }
+  template <int C, int A, int B>
+  static void dot() {
+    for (int m = 0; m < 16; ++m)
+      for (int k = 0; k < 16; ++k)
+        for (int n = 0; n < 16; ++n)
+          for (int h = 0; h < 2; ++h) tile(C)[m][n] += half(tile(A)[m][k], h) * half(tile(B)[k][n], h);
+  }
+};
+#else
+// Inline assembly instead of GCC 12's intrinsics: those take literal register numbers only and tell the compiler that a
+// configuration reads 8 of its 64 bytes and a tile load reads no memory.
+struct TileUnit {
+  static void configure(const void* config) { __asm__ volatile("ldtilecfg (%0)" ::"r"(config) : "memory"); }
+  static void release() { __asm__ volatile("tilerelease" ::: "memory"); }
+  template <int T>
+  static void zero() { __asm__ volatile("tilezero %%tmm%c0" ::"i"(T)); }
+  template <int T>
+  static void load(const void* p) {
+    __asm__ volatile("tileloadd (%0,%1,1), %%tmm%c2" ::"r"(p), "r"(int64_t{64}), "i"(T) : "memory");
+  }
+  template <int T>
+  static void store(void* p) {
+    __asm__ volatile("tilestored %%tmm%c2, (%0,%1,1)" ::"r"(p), "r"(int64_t{64}), "i"(T) : "memory");
+  }
+  template <int C, int A, int B>
+  static void dot() { __asm__ volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(C), "i"(A), "i"(B)); }
+};
+#endif
+
+// C tiles 0..3, left tiles 4 and 5, right tiles 6 and 7: four products per four loads.
+template <int I, int J>
+inline void multiply_amx(const uint16_t* left, int64_t left_stride, const uint16_t* right, int64_t right_stride, float* c,
+                         int64_t c_i, int64_t c_j, int q_tiles, bool accumulate) {
+  if (accumulate) {
+    TileUnit::load<0>(c);
+    if constexpr (J > 1) TileUnit::load<1>(c + c_j);
+    if constexpr (I > 1) TileUnit::load<2>(c + c_i);
+    if constexpr (I > 1 && J > 1) TileUnit::load<3>(c + c_i + c_j);
+  } else {
+    TileUnit::zero<0>(), TileUnit::zero<1>(), TileUnit::zero<2>(), TileUnit::zero<3>();
+  }
+  for (int q = 0; q < q_tiles; ++q, left += kTileElems, right += kTileElems) {
+    TileUnit::load<4>(left);
+    TileUnit::load<6>(right);
+    TileUnit::dot<0, 4, 6>();
+    if constexpr (J > 1) {
+      TileUnit::load<7>(right + right_stride * kTileElems);
+      TileUnit::dot<1, 4, 7>();
+    }
+    if constexpr (I > 1) {
+      TileUnit::load<5>(left + left_stride * kTileElems);
+      TileUnit::dot<2, 5, 6>();
+      if constexpr (J > 1) TileUnit::dot<3, 5, 7>();
+    }
+  }
+  TileUnit::store<0>(c);
+  if constexpr (J > 1) TileUnit::store<1>(c + c_j);
+  if constexpr (I > 1) TileUnit::store<2>(c + c_i);
+  if constexpr (I > 1 && J > 1) TileUnit::store<3>(c + c_i + c_j);
+}
+
+struct AmxOps : Ops {
+  static void begin() {
+    struct alignas(64) Config {
+      uint8_t palette = 1, start_row = 0, reserved[14] = {};
+      uint16_t bytes_per_row[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+      uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+    };
+    static_assert(sizeof(Config) == 64);
+    const Config config;
+    TileUnit::configure(&config);
+  }
+  static void end() { TileUnit::release(); }
+
+  static void multiply(const BlockArgs& g) {
+    const int left_tiles = (g.rows + kTileRows - 1) / kTileRows;
+    for (int i = 0; i < left_tiles; i += 2) {
+      const auto* left = static_cast<const uint16_t*>(g.left) + i * g.left_stride * kTileElems;
+      for (int j = 0; j < g.right_tiles; j += 2) {
+        const auto* right = static_cast<const uint16_t*>(g.right) + j * g.right_stride * kTileElems;
+        float* c = g.c + i * g.c_i + j * g.c_j;
+        const auto run = i + 1 < left_tiles ? (j + 1 < g.right_tiles ? multiply_amx<2, 2> : multiply_amx<2, 1>)
+                                            : (j + 1 < g.right_tiles ? multiply_amx<1, 2> : multiply_amx<1, 1>);
+        run(left, g.left_stride, right, g.right_stride, c, g.c_i, g.c_j, g.q_tiles, g.accumulate);
+      }
+    }
+  }
+};

@@ -1,0 +1,65 @@
+// Vector vocabulary on AVX2: 16 x 32-bit lanes as two registers. Included inside the variant's namespace.
+#pragma once
+
+struct Vec {
+  struct F32 { __m256 lo, hi; };
+  struct I32 { __m256i lo, hi; };
+  static constexpr int kLanes = 8;  // of one register
+
+  static const __m256i* at(const void* p, int bytes) {
+    return reinterpret_cast<const __m256i*>(static_cast<const char*>(p) + bytes);
+  }
+  static __m128i half(const void* p, int bytes) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(at(p, bytes))); }
+  static I32 load_i32(const void* p) { return {_mm256_loadu_si256(at(p, 0)), _mm256_loadu_si256(at(p, 32))}; }
+  static I32 load_i16(const void* p) { return {_mm256_cvtepi16_epi32(half(p, 0)), _mm256_cvtepi16_epi32(half(p, 16))}; }
+  static I32 load_i8(const void* p) {
+    const __m128i bytes = half(p, 0);
+    return {_mm256_cvtepi8_epi32(bytes), _mm256_cvtepi8_epi32(_mm_srli_si128(bytes, 8))};
+  }
+  template <int N>
+  static I32 shift_left(I32 v) { return {_mm256_slli_epi32(v.lo, N), _mm256_slli_epi32(v.hi, N)}; }
+  template <int N>
+  static I32 shift_right(I32 v) { return {_mm256_srai_epi32(v.lo, N), _mm256_srai_epi32(v.hi, N)}; }
+  static I32 high_half(I32 v) {
+    const __m256i mask = _mm256_set1_epi32(static_cast<int>(0xffff0000u));
+    return {_mm256_and_si256(v.lo, mask), _mm256_and_si256(v.hi, mask)};
+  }
+  static F32 as_f32(I32 v) { return {_mm256_castsi256_ps(v.lo), _mm256_castsi256_ps(v.hi)}; }
+  static F32 to_f32(I32 v) { return {_mm256_cvtepi32_ps(v.lo), _mm256_cvtepi32_ps(v.hi)}; }
+  static F32 load_bf16(const uint16_t* p) { return as_f32(shift_left<16>(load_i16(p))); }
+  static F32 mul(F32 a, F32 b) { return {_mm256_mul_ps(a.lo, b.lo), _mm256_mul_ps(a.hi, b.hi)}; }
+  static void store(float* p, F32 v) { _mm256_storeu_ps(p, v.lo), _mm256_storeu_ps(p + 8, v.hi); }
+
+  static __m256i round_half(__m256 v) {
+    const __m256i bits = _mm256_castps_si256(v);
+    const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+    return _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
+  }
+  static I32 round_bf16(F32 v) { return high_half({round_half(v.lo), round_half(v.hi)}); }
+};
+
+// 16 x 16 transpose of 32-bit words, rows given by pointer, result contiguous: out[j * 16 + i] = rows[i][j].
+inline void transpose16(const uint32_t* const* rows, uint32_t* out) {
+  for (int i0 = 0; i0 < 16; i0 += 8) {
+    for (int j0 = 0; j0 < 16; j0 += 8) {
+      __m256 a[8], b[8];
+      for (int i = 0; i < 8; ++i) a[i] = _mm256_loadu_ps(reinterpret_cast<const float*>(rows[i0 + i] + j0));
+      for (int i = 0; i < 8; i += 2) {
+        b[i] = _mm256_unpacklo_ps(a[i], a[i + 1]);
+        b[i + 1] = _mm256_unpackhi_ps(a[i], a[i + 1]);
+      }
+      for (int i = 0; i < 8; i += 4) {
+        a[i] = _mm256_shuffle_ps(b[i], b[i + 2], 0x44);
+        a[i + 1] = _mm256_shuffle_ps(b[i], b[i + 2], 0xee);
+        a[i + 2] = _mm256_shuffle_ps(b[i + 1], b[i + 3], 0x44);
+        a[i + 3] = _mm256_shuffle_ps(b[i + 1], b[i + 3], 0xee);
+      }
+      for (int c = 0; c < 4; ++c) {
+        float* low = reinterpret_cast<float*>(out + (j0 + c) * 16 + i0);
+        float* high = reinterpret_cast<float*>(out + (j0 + 4 + c) * 16 + i0);
+        _mm256_storeu_ps(low, _mm256_permute2f128_ps(a[c], a[4 + c], 0x20));
+        _mm256_storeu_ps(high, _mm256_permute2f128_ps(a[c], a[4 + c], 0x31));
+      }
+    }
+  }
+}

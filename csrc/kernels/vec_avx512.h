@@ -1,0 +1,55 @@
+// Vector vocabulary on AVX512 F/BW/DQ/VL: 16 x 32-bit lanes. Included inside the variant's namespace.
+#pragma once
+
+struct Vec {
+  using F32 = __m512;
+  using I32 = __m512i;
+  static constexpr int kLanes = 16;
+
+  static I32 load_i32(const void* p) { return _mm512_loadu_si512(p); }
+  static I32 load_i16(const void* p) { return _mm512_cvtepi16_epi32(_mm256_loadu_si256(static_cast<const __m256i*>(p))); }
+  static I32 load_i8(const void* p) { return _mm512_cvtepi8_epi32(_mm_loadu_si128(static_cast<const __m128i*>(p))); }
+  template <int N>
+  static I32 shift_left(I32 v) { return _mm512_slli_epi32(v, N); }
+  template <int N>
+  static I32 shift_right(I32 v) { return _mm512_srai_epi32(v, N); }
+  static I32 high_half(I32 v) { return _mm512_and_si512(v, _mm512_set1_epi32(static_cast<int>(0xffff0000u))); }
+  static F32 as_f32(I32 v) { return _mm512_castsi512_ps(v); }
+  static F32 to_f32(I32 v) { return _mm512_cvtepi32_ps(v); }
+  static F32 load_bf16(const uint16_t* p) { return as_f32(shift_left<16>(load_i16(p))); }
+  static F32 mul(F32 a, F32 b) { return _mm512_mul_ps(a, b); }
+  static void store(float* p, F32 v) { _mm512_storeu_ps(p, v); }
+
+  // Round to nearest even bf16, kept in the high halves. NaN payloads are not of interest here.
+  static I32 round_bf16(F32 v) {
+    const I32 bits = _mm512_castps_si512(v);
+    const I32 odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+    return high_half(_mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff))));
+  }
+};
+
+// 16 x 16 transpose of 32-bit words, rows given by pointer, result contiguous: out[j * 16 + i] = rows[i][j].
+inline void transpose16(const uint32_t* const* rows, uint32_t* out) {
+  __m512i a[16], b[16];
+  for (int i = 0; i < 16; ++i) a[i] = _mm512_loadu_si512(rows[i]);
+  for (int i = 0; i < 16; i += 2) {
+    b[i] = _mm512_unpacklo_epi32(a[i], a[i + 1]);
+    b[i + 1] = _mm512_unpackhi_epi32(a[i], a[i + 1]);
+  }
+  for (int i = 0; i < 16; i += 4) {
+    a[i] = _mm512_unpacklo_epi64(b[i], b[i + 2]);
+    a[i + 1] = _mm512_unpackhi_epi64(b[i], b[i + 2]);
+    a[i + 2] = _mm512_unpacklo_epi64(b[i + 1], b[i + 3]);
+    a[i + 3] = _mm512_unpackhi_epi64(b[i + 1], b[i + 3]);
+  }
+  // a[4g + c] holds, per 128-bit lane l, column 4l + c of rows 4g .. 4g + 3.
+  for (int c = 0; c < 4; ++c) {
+    const __m512i lo01 = _mm512_shuffle_i32x4(a[c], a[4 + c], 0x44), hi01 = _mm512_shuffle_i32x4(a[c], a[4 + c], 0xee);
+    const __m512i lo23 = _mm512_shuffle_i32x4(a[8 + c], a[12 + c], 0x44);
+    const __m512i hi23 = _mm512_shuffle_i32x4(a[8 + c], a[12 + c], 0xee);
+    _mm512_storeu_si512(out + c * 16, _mm512_shuffle_i32x4(lo01, lo23, 0x88));
+    _mm512_storeu_si512(out + (4 + c) * 16, _mm512_shuffle_i32x4(lo01, lo23, 0xdd));
+    _mm512_storeu_si512(out + (8 + c) * 16, _mm512_shuffle_i32x4(hi01, hi23, 0x88));
+    _mm512_storeu_si512(out + (12 + c) * 16, _mm512_shuffle_i32x4(hi01, hi23, 0xdd));
+  }
+}

@@ -1,0 +1,311 @@
+#include <algorithm>
+#include <cstring>
+
+#include "common/thread_pool.h"
+#include "moe/plan.h"
+
+namespace kt_sft {
+namespace {
+
+struct Backward {
+  Plan plan;
+  const LayerGrads& grads;
+  const bool recompute, lora;
+  GateUpBuffers gate_up;
+  uint16_t *gate = nullptr, *up = nullptr;  // (wave rows, F) bf16, when recomputing
+  void *dout = nullptr;                     // right tiles (rows, D)
+  void *dgate_up[2] = {};                   // right tiles (rows, F): dG and dU
+  float* dw_parts = nullptr;                // (wave rows, F / 32)
+  // Only with LoRA; "small" is (wave rows, R) fp32, "rows" is (wave rows, F) bf16.
+  float *small_b[3] = {}, *small_ha = nullptr;  // s dLin B per projection (times w for down), s w H A^T
+  void *small_b_tiles[3] = {}, *ha_tiles = nullptr, *h_tiles = nullptr;
+  uint16_t *dgate_up_rows[2] = {}, *h_rows = nullptr;
+
+  Backward(const ExpertWeights& weights, const LayerCall& call, const LayerGrads& grads)
+      : plan(weights, call), grads(grads), recompute(call.gate == nullptr), lora(call.lora.any()) {}
+
+  const LoraFactors& factors(int projection) const { return plan.call.lora.factors[projection]; }
+  int hidden() const { return plan.weights.hidden; }
+  int intermediate() const { return plan.weights.intermediate; }
+  int64_t wave_row(const Segment& s) const { return int64_t{s.tile0} * kTileRows; }
+  char* tiles_of(void* tiles, const Segment& s, int q) const { return plan.tile(tiles, s.tile0, ceil_div(q, kTileSteps)); }
+  const uint16_t* gate_row(const Segment& s, int r, bool of_up) const {
+    if (recompute) return (of_up ? up : gate) + (wave_row(s) + r) * intermediate();
+    return (of_up ? plan.call.up : plan.call.gate) + int64_t{s.row0 + r} * intermediate();
+  }
+
+  void take(Workspace& ws) {
+    const int D = hidden(), F = intermediate();
+    const int64_t rows = plan.wave_rows();
+    plan.take(ws);
+    dout = plan.take_tiles(ws, D);
+    for (auto& tiles : dgate_up) tiles = plan.take_tiles(ws, F);
+    dw_parts = ws.take<float>(rows * ceil_div(F, kBlock));
+    if (recompute || lora) gate_up.take(plan, ws);
+    if (recompute) gate = ws.take<uint16_t>(rows * F), up = ws.take<uint16_t>(rows * F);
+    if (!lora) return;
+    for (int p : {kGate, kUp, kDown}) {
+      small_b[p] = ws.take<float>(rows * factors(p).rank);
+      small_b_tiles[p] = plan.take_tiles(ws, factors(p).rank);
+      if (p != kDown && factors(p).rank > 0) dgate_up_rows[p] = ws.take<uint16_t>(rows * F);
+    }
+    if (factors(kDown).rank == 0) return;
+    small_ha = ws.take<float>(rows * factors(kDown).rank);
+    ha_tiles = plan.take_tiles(ws, factors(kDown).rank);
+    h_tiles = plan.take_tiles(ws, F);
+    h_rows = ws.take<uint16_t>(rows * F);
+  }
+
+  template <class Fn>
+  void for_columns(const Wave& wave, int columns, Fn&& fn) const {
+    const int64_t pieces = wave.end - wave.begin;
+    const int step = plan.column_step(columns, pieces);
+    parallel_for(pieces * ceil_div(columns, step), [&](int64_t task, int thread) {
+      const ColumnTask t = column_task(task, columns, step);
+      fn(plan.segments[wave.begin + t.piece], t.c0, t.nc, plan.thread[thread]);
+    });
+  }
+
+  template <class Fn>
+  void for_segments(const Wave& wave, Fn&& fn) const {
+    parallel_for(wave.end - wave.begin,
+                 [&](int64_t task, int thread) { fn(plan.segments[wave.begin + task], plan.thread[thread]); });
+  }
+
+  // s dLin B of one segment, where dLin are right tiles.
+  void small_product(int p, const Segment& s, void* dlin, int width, const Plan::ThreadBuffers& b) const {
+    const LoraFactors& f = factors(p);
+    if (f.rank == 0) return;
+    rank_product(plan, b, s.rows,
+                 {Side::right, tiles_of(dlin, s, width), width, factor_b(f, s.expert, width, Reduce::features), f.rank,
+                  plan.call.lora.scaling, small_b[p] + wave_row(s) * f.rank, tiles_of(small_b_tiles[p], s, f.rank)});
+  }
+
+  void scale_by_routing(const Segment& s, float* small, int rank) const {
+    for (int r = 0; r < s.rows; ++r)
+      for (int i = 0; i < rank; ++i) small[(wave_row(s) + r) * rank + i] *= plan.routing_weight(s.row0 + r);
+  }
+
+  void recompute_gate_up(const Wave& wave) const {
+    for_columns(wave, intermediate(), [&](const Segment& s, int c0, int nc, const Plan::ThreadBuffers& b) {
+      gate_up.compute(plan, b, s, c0, nc);
+      for (int r = 0; r < s.rows; ++r) {
+        const int64_t at = (wave_row(s) + r) * intermediate() + c0;
+        plan.kernels.swiglu(b.rows[0] + r * nc, b.rows[1] + r * nc, nc, b.rows[2], gate + at, up + at);
+      }
+    });
+  }
+
+  // Z of one column block into rows[0] (ld nc), the dropped-out LoRA part included.
+  void z_block(const Segment& s, int c0, int nc, const Plan::ThreadBuffers& b) const {
+    const LoraFactors& f = factors(kDown);
+    const Lora& l = plan.call.lora;
+    const PackedMatrix packed = plan.weights.matrix(s.expert, kDown);
+    DenseView factor;
+    GemmTerm terms[2] = {{tiles_of(dout, s, hidden()), hidden(), &packed, nullptr}, {}};
+    if (f.rank > 0) {
+      factor = factor_a(f, s.expert, intermediate(), Reduce::rank);
+      terms[1] = {tiles_of(small_b_tiles[kDown], s, f.rank), f.rank, nullptr, &factor};
+    }
+    const bool apart = f.rank > 0 && l.down_keep != nullptr;
+    plan.kernels.gemm({Side::right, terms, f.rank > 0 && !apart ? 2 : 1, s.rows, c0, nc, b.rows[0], nc, b.gemm});
+    if (!apart) return;
+    plan.kernels.gemm({Side::right, terms + 1, 1, s.rows, c0, nc, b.rows[1], nc, b.gemm});
+    for (int r = 0; r < s.rows; ++r) {
+      const uint8_t* keep = l.down_keep + int64_t{plan.order[s.row0 + r]} * intermediate() + c0;
+      for (int c = 0; c < nc; ++c) b.rows[0][r * nc + c] += keep[c] ? l.keep_scale * b.rows[1][r * nc + c] : 0.0f;
+    }
+  }
+
+  // H of the block in the two layouts that the down adapter's gradients read, with its dropout.
+  void hidden_block(const Segment& s, int c0, int nc) const {
+    const Lora& l = plan.call.lora;
+    const int F = intermediate();
+    uint16_t* first = h_rows + wave_row(s) * F + c0;
+    for (int r = 0; r < s.rows; ++r) {
+      uint16_t* h = first + int64_t{r} * F;
+      plan.kernels.swiglu_hidden(gate_row(s, r, false) + c0, gate_row(s, r, true) + c0, nc, h);
+      if (l.down_keep == nullptr) continue;
+      const uint8_t* keep = l.down_keep + int64_t{plan.order[s.row0 + r]} * F + c0;
+      for (int c = 0; c < nc; ++c) h[c] = keep[c] ? h[c] : 0;  // keep_scale goes into the rank-sized products
+    }
+    plan.kernels.pack({Side::left, {first, false, F, 1}, 0, s.rows, 0, nc,
+                       tiles_of(h_tiles, s, F) + c0 / kTileSteps * plan.kernels.tile_bytes, ceil_div(F, kTileSteps)});
+  }
+
+  void gradient_block(const Segment& s, int c0, int nc, const Plan::ThreadBuffers& b) const {
+    const int F = intermediate();
+    const int64_t parts = ceil_div(F, kBlock), f_tiles = ceil_div(F, kTileSteps);
+    z_block(s, c0, nc, b);
+    for (int r = 0; r < s.rows; ++r)
+      plan.kernels.swiglu_backward(gate_row(s, r, false) + c0, gate_row(s, r, true) + c0, b.rows[0] + r * nc,
+                                   plan.routing_weight(s.row0 + r), nc, b.rows[1] + r * nc, b.rows[2] + r * nc,
+                                   dw_parts + (wave_row(s) + r) * parts + c0 / kBlock);
+    for (int p : {kGate, kUp}) {
+      const DenseView view{b.rows[1 + p], true, nc, 1};
+      plan.kernels.pack({Side::right, view, 0, s.rows, 0, nc,
+                         tiles_of(dgate_up[p], s, F) + c0 / kTileSteps * plan.kernels.tile_bytes, f_tiles});
+      if (dgate_up_rows[p] == nullptr) continue;
+      uint16_t* rows = dgate_up_rows[p] + wave_row(s) * F + c0;
+      for (int r = 0; r < s.rows; ++r) plan.kernels.to_bf16(b.rows[1 + p] + r * nc, nc, rows + int64_t{r} * F);
+    }
+    if (factors(kDown).rank > 0) hidden_block(s, c0, nc);
+  }
+
+  void weight_gradients(const Wave& wave) const {
+    const int64_t parts = ceil_div(intermediate(), kBlock);
+    for_segments(wave, [&](const Segment& s, const Plan::ThreadBuffers&) {
+      for (int r = 0; r < s.rows; ++r) {
+        float sum = 0;
+        for (int64_t i = 0; i < parts; ++i) sum += dw_parts[(wave_row(s) + r) * parts + i];
+        grads.grad_weights[plan.order[s.row0 + r]] = sum;
+      }
+    });
+  }
+
+  // grad[:, c0 : c0 + nc] += the given terms for every segment of the wave.
+  void input_block(const Wave& wave, int c0, int nc, bool base, bool adapters, float* grad, const Plan::ThreadBuffers& b) const {
+    for (int i = wave.begin; i < wave.end; ++i) {
+      const Segment& s = plan.segments[i];
+      PackedMatrix packed[2];
+      DenseView factor[2];
+      GemmTerm terms[4];
+      int n = 0;
+      for (int p : {kGate, kUp}) {
+        const LoraFactors& f = factors(p);
+        packed[p] = plan.weights.matrix(s.expert, static_cast<Projection>(p));
+        if (base) terms[n++] = {tiles_of(dgate_up[p], s, intermediate()), intermediate(), &packed[p], nullptr};
+        if (!adapters || f.rank == 0) continue;
+        factor[p] = factor_a(f, s.expert, hidden(), Reduce::rank);
+        terms[n++] = {tiles_of(small_b_tiles[p], s, f.rank), f.rank, nullptr, &factor[p]};
+      }
+      if (n == 0) return;
+      plan.kernels.gemm({Side::right, terms, n, s.rows, c0, nc, b.rows[0], nc, b.gemm});
+      for (int r = 0; r < s.rows; ++r) {
+        const float* from = b.rows[0] + r * nc;
+        float* to = grad + int64_t{plan.token[s.row0 + r]} * hidden() + c0;
+        for (int c = 0; c < nc; ++c) to[c] += from[c];
+      }
+    }
+  }
+
+  // grad (R, width) += small^T big, or its transpose into (width, R), for columns [c0, c0 + nc) of one segment.
+  struct FactorGradient {
+    const float* small;
+    int rank;
+    DenseView big;  // (c = column, q = row of the segment)
+    int width;
+    float* grad;
+    bool transposed;
+  };
+  void factor_gradient(const Segment& s, const FactorGradient& g, int c0, int nc, const Plan::ThreadBuffers& b) const {
+    for (int r0 = 0; r0 < g.rank; r0 += kMaxRows) {
+      const int ranks = std::min(kMaxRows, g.rank - r0);
+      plan.kernels.pack({Side::left, {g.small, true, 1, g.rank}, r0, ranks, 0, s.rows, b.small, ceil_div(s.rows, kTileSteps)});
+      const GemmTerm term{b.small, s.rows, nullptr, &g.big};
+      plan.kernels.gemm({Side::left, &term, 1, ranks, c0, nc, b.rows[0], nc, b.gemm});
+      for (int r = 0; r < ranks; ++r)
+        for (int c = 0; c < nc; ++c) {
+          float& to = g.transposed ? g.grad[int64_t{c0 + c} * g.rank + r0 + r] : g.grad[int64_t{r0 + r} * g.width + c0 + c];
+          to += b.rows[0][r * nc + c];
+        }
+    }
+  }
+
+  FactorGradient gradient_of(const Segment& s, int p, bool of_a) const {
+    const LoraFactors& f = factors(p);
+    const int D = hidden(), F = intermediate();
+    const int width = of_a == (p == kDown) ? F : D;
+    const int64_t row = wave_row(s);
+    FactorGradient g{};
+    g.rank = f.rank, g.width = width, g.transposed = !of_a;
+    g.grad = (of_a ? f.grad_a : f.grad_b) + int64_t{s.expert} * f.rank * width;
+    g.small = of_a ? small_b[p] : (p == kDown ? small_ha : gate_up.xa[p]);
+    g.small += row * f.rank;
+    if (p == kDown) {
+      g.big = of_a ? DenseView{h_rows + row * F, false, 1, F} : DenseView{grads.grad_out, false, 1, D};
+    } else {
+      const uint16_t* x = plan.call.lora.x != nullptr ? plan.call.lora.x : plan.call.x;
+      g.big = of_a ? DenseView{x, false, 1, D} : DenseView{dgate_up_rows[p] + row * F, false, 1, F};
+    }
+    if (width == D) g.big.qidx = plan.token + s.row0;
+    return g;
+  }
+
+  // One task owns one column block of one factor of one expert, over all segments of that expert in the wave.
+  void factor_gradients(const Wave& wave) const {
+    for (int p : {kGate, kUp, kDown}) {
+      if (factors(p).rank == 0) continue;
+      for (bool of_a : {true, false}) {
+        const int width = of_a == (p == kDown) ? intermediate() : hidden();
+        for_columns(wave, width, [&](const Segment& first, int c0, int nc, const Plan::ThreadBuffers& b) {
+          const Segment* s = &first;
+          if (s > plan.segments + wave.begin && s[-1].expert == s->expert) return;
+          for (; s < plan.segments + wave.end && s->expert == first.expert; ++s)
+            factor_gradient(*s, gradient_of(*s, p, of_a), c0, nc, b);
+        });
+      }
+    }
+  }
+
+  void lora_products(const Wave& wave) const {
+    for_segments(wave, [&](const Segment& s, const Plan::ThreadBuffers& b) {
+      const LoraFactors& f = factors(kDown);
+      small_product(kGate, s, dgate_up[kGate], intermediate(), b);
+      small_product(kUp, s, dgate_up[kUp], intermediate(), b);
+      if (f.rank == 0) return;
+      const Lora& l = plan.call.lora;
+      const float keep_scale = l.down_keep != nullptr ? l.keep_scale : 1.0f;
+      rank_product(plan, b, s.rows,
+                   {Side::left, tiles_of(h_tiles, s, intermediate()), intermediate(),
+                    factor_a(f, s.expert, intermediate(), Reduce::features), f.rank, l.scaling * keep_scale,
+                    small_ha + wave_row(s) * f.rank, tiles_of(ha_tiles, s, f.rank)});
+      scale_by_routing(s, small_ha, f.rank);
+      scale_by_routing(s, small_b[kDown], f.rank);
+      float* dob = small_b[kDown] + wave_row(s) * f.rank;
+      for (int64_t i = 0; i < int64_t{s.rows} * f.rank; ++i) dob[i] *= keep_scale;
+    });
+  }
+
+  void run_wave(const Wave& wave) const {
+    const int D = hidden();
+    if (recompute || lora) gate_up.prepare(plan, wave);
+    if (recompute) recompute_gate_up(wave);
+    pack_tokens(plan, wave, Side::right, grads.grad_out, D, dout);
+    if (factors(kDown).rank > 0)
+      for_segments(wave, [&](const Segment& s, const Plan::ThreadBuffers& b) { small_product(kDown, s, dout, D, b); });
+    for_columns(wave, intermediate(),
+                [&](const Segment& s, int c0, int nc, const Plan::ThreadBuffers& b) { gradient_block(s, c0, nc, b); });
+    weight_gradients(wave);
+    if (lora) lora_products(wave);
+    const int step = plan.column_step(D, 1);
+    const bool apart = plan.call.lora.x != nullptr;
+    parallel_for(ceil_div(D, step), [&](int64_t task, int thread) {
+      const ColumnTask t = column_task(task, D, step);
+      input_block(wave, t.c0, t.nc, true, !apart, grads.grad_x, plan.thread[thread]);
+      if (apart) input_block(wave, t.c0, t.nc, false, true, grads.grad_lora_x, plan.thread[thread]);
+    });
+    if (lora) factor_gradients(wave);
+  }
+
+  void run() {
+    plan.cut();
+    const size_t bytes = plan.call.tokens * hidden() * sizeof(float);
+    std::memset(grads.grad_x, 0, bytes);
+    if (plan.call.lora.x != nullptr) std::memset(grads.grad_lora_x, 0, bytes);
+    for (int i = 0; i < plan.num_waves; ++i) run_wave(plan.waves[i]);
+  }
+};
+
+}  // namespace
+
+void experts_backward(const ExpertWeights& weights, const LayerCall& call, const LayerGrads& grads) {
+  Workspace workspace;
+  Backward backward(weights, call, grads);
+  backward.take(workspace);
+  workspace.reserve();
+  backward.take(workspace);
+  backward.run();
+}
+
+}  // namespace kt_sft

@@ -1,0 +1,73 @@
+// Forward and backward of the routed experts of one layer, on packed weights, through KernelTable only.
+//
+//   G = X Wg^T + s (X' Ag^T) Bg^T    U = X Wu^T + s (X' Au^T) Bu^T    H = silu(G) * U
+//   Y = H Wd^T + s ((H o mask) Ad^T) Bd^T    out[t] = sum_k w[t,k] Y
+// Backward, with Z = dO Wd + s ((dO Bd) Ad) o mask:
+//   dw[t,k] = <Z, H>    dH = w Z    dU, dG by SwiGLU    dX = dG Wg + s (dG Bg) Ag + dU Wu + s (dU Bu) Au
+//   dB = s dLin^T (X A^T)    dA = s (dLin B)^T X    per projection
+// T tokens, D hidden, F intermediate, E experts, K top-k, N = T K routed rows, R LoRA rank.
+// Results do not depend on the number of threads: every output element is summed by one task in a fixed order.
+#pragma once
+#include <cstdint>
+
+#include "kernels/panel.h"
+
+namespace kt_sft {
+
+enum Projection { kGate = 0, kUp = 1, kDown = 2 };
+
+// Frozen experts in one flat buffer: [expert][gate (F, D) | up (F, D) | down (D, F)], each as PackedMatrix lays it out.
+struct ExpertWeights {
+  int num_experts, hidden, intermediate;
+  Format format;
+  int group_size;  // 0: per channel
+  const uint8_t* storage;
+
+  PackedMatrix matrix(int expert, Projection projection) const;
+  int64_t expert_bytes() const;
+};
+
+// Factors of one projection for all experts: a (E, R, in), b (E, out, R), contiguous, fp32 or bf16. rank 0: none.
+struct LoraFactors {
+  int rank = 0;
+  const void* a = nullptr;
+  const void* b = nullptr;
+  bool a_float = false, b_float = false;
+  float* grad_a = nullptr;  // fp32, shaped like a and b, added to; null in forward
+  float* grad_b = nullptr;
+};
+
+struct Lora {
+  LoraFactors factors[3];
+  float scaling = 1.0f;
+  const uint16_t* x = nullptr;          // (T, D) bf16 input of the gate and up adapters; null: the hidden states
+  const uint8_t* down_keep = nullptr;   // (T, K, F) 0 or 1: dropout of the down adapter's input; null: none
+  float keep_scale = 1.0f;              // 1 / (1 - p)
+  bool any() const { return factors[0].rank + factors[1].rank + factors[2].rank > 0; }
+};
+
+struct LayerCall {
+  int64_t tokens;
+  int top_k;
+  const uint16_t* x;      // (T, D) bf16
+  const int64_t* ids;     // (T, K), checked by the caller
+  const float* weights;   // (T, K)
+  Lora lora;
+  uint16_t* gate = nullptr;  // (N, F) bf16, rows sorted by expert: written by forward, read by backward; null: recompute
+  uint16_t* up = nullptr;
+};
+
+struct LayerGrads {
+  const uint16_t* grad_out;  // (T, D) bf16
+  float* grad_x;             // (T, D), overwritten
+  float* grad_lora_x;        // (T, D), overwritten; only if lora.x
+  float* grad_weights;       // (T, K), overwritten
+};
+
+void experts_forward(const ExpertWeights& weights, const LayerCall& call, float* out);  // out (T, D), overwritten
+void experts_backward(const ExpertWeights& weights, const LayerCall& call, const LayerGrads& grads);
+
+// Stable counting sort of the T * K slots by expert: counts (E), order (N) = slot numbers t * K + k.
+void sort_by_expert(const int64_t* ids, int64_t slots, int num_experts, int32_t* counts, int32_t* order);
+
+}  // namespace kt_sft

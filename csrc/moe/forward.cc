@@ -1,0 +1,126 @@
+#include <algorithm>
+#include <cstring>
+
+#include "common/thread_pool.h"
+#include "moe/plan.h"
+
+namespace kt_sft {
+namespace {
+
+struct Forward {
+  Plan plan;
+  GateUpBuffers gate_up;
+  void *h = nullptr, *h_lora = nullptr;  // left tiles (rows, F); h_lora == h without dropout
+  float* ha = nullptr;                   // (wave rows, R): s H A^T
+  void* ha_tiles = nullptr;
+  float* out;
+
+  Forward(const ExpertWeights& weights, const LayerCall& call, float* out) : plan(weights, call), out(out) {}
+
+  void take(Workspace& workspace) {
+    const Lora& lora = plan.call.lora;
+    const int F = plan.weights.intermediate, rank = lora.factors[kDown].rank;
+    plan.take(workspace);
+    gate_up.take(plan, workspace);
+    h = plan.take_tiles(workspace, F);
+    h_lora = lora.down_keep != nullptr ? plan.take_tiles(workspace, F) : h;
+    ha = workspace.take<float>(plan.wave_rows() * rank);
+    ha_tiles = plan.take_tiles(workspace, rank);
+  }
+
+  // H of one column block of one segment, into tiles; G and U saved for backward.
+  void hidden_block(const Segment& s, int c0, int nc, const Plan::ThreadBuffers& b) const {
+    const int F = plan.weights.intermediate;
+    const int64_t f_tiles = ceil_div(F, kTileSteps);
+    const LayerCall& call = plan.call;
+    gate_up.compute(plan, b, s, c0, nc);
+    float* hidden = b.rows[2];
+    for (int r = 0; r < s.rows; ++r) {
+      const int64_t saved = int64_t{s.row0 + r} * F + c0;
+      const bool keep = call.gate != nullptr;
+      plan.kernels.swiglu(b.rows[0] + r * nc, b.rows[1] + r * nc, nc, hidden + r * nc, keep ? call.gate + saved : nullptr,
+                          keep ? call.up + saved : nullptr);
+    }
+    const PackArgs pack{Side::left, {hidden, true, nc, 1}, 0, s.rows, 0, nc,
+                        plan.tile(h, s.tile0, f_tiles) + c0 / kTileSteps * plan.kernels.tile_bytes, f_tiles};
+    plan.kernels.pack(pack);
+    if (h_lora == h) return;
+    for (int r = 0; r < s.rows; ++r) {
+      const uint8_t* keep = call.lora.down_keep + int64_t{plan.order[s.row0 + r]} * F + c0;
+      for (int c = 0; c < nc; ++c) hidden[r * nc + c] *= keep[c] ? call.lora.keep_scale : 0.0f;
+    }
+    PackArgs dropped = pack;
+    dropped.dst = plan.tile(h_lora, s.tile0, f_tiles) + c0 / kTileSteps * plan.kernels.tile_bytes;
+    plan.kernels.pack(dropped);
+  }
+
+  void down_rank_products(const Wave& wave) const {
+    const LoraFactors& f = plan.call.lora.factors[kDown];
+    const int F = plan.weights.intermediate;
+    if (f.rank == 0) return;
+    parallel_for(wave.end - wave.begin, [&](int64_t task, int thread) {
+      const Segment& s = plan.segments[wave.begin + task];
+      rank_product(plan, plan.thread[thread], s.rows,
+                   {Side::left, plan.tile(h_lora, s.tile0, ceil_div(F, kTileSteps)), F,
+                    factor_a(f, s.expert, F, Reduce::features), f.rank, plan.call.lora.scaling,
+                    ha + int64_t{s.tile0} * kTileRows * f.rank, plan.tile(ha_tiles, s.tile0, ceil_div(f.rank, kTileSteps))});
+    });
+  }
+
+  // out[:, c0 : c0 + nc] += w Y for every segment of the wave: one task owns these columns.
+  void combine_block(const Wave& wave, int c0, int nc, const Plan::ThreadBuffers& b) const {
+    const int D = plan.weights.hidden, F = plan.weights.intermediate;
+    const LoraFactors& f = plan.call.lora.factors[kDown];
+    for (int i = wave.begin; i < wave.end; ++i) {
+      const Segment& s = plan.segments[i];
+      const PackedMatrix packed = plan.weights.matrix(s.expert, kDown);
+      DenseView factor;
+      GemmTerm terms[2] = {{plan.tile(h, s.tile0, ceil_div(F, kTileSteps)), F, &packed, nullptr}, {}};
+      if (f.rank > 0) {
+        factor = factor_b(f, s.expert, D, Reduce::rank);
+        terms[1] = {plan.tile(ha_tiles, s.tile0, ceil_div(f.rank, kTileSteps)), f.rank, nullptr, &factor};
+      }
+      plan.kernels.gemm({Side::left, terms, f.rank > 0 ? 2 : 1, s.rows, c0, nc, b.rows[0], nc, b.gemm});
+      for (int r = 0; r < s.rows; ++r) {
+        const float w = plan.routing_weight(s.row0 + r);
+        const float* y = b.rows[0] + r * nc;
+        float* o = out + int64_t{plan.token[s.row0 + r]} * D + c0;
+        for (int c = 0; c < nc; ++c) o[c] += w * y[c];
+      }
+    }
+  }
+
+  void run() {
+    const int D = plan.weights.hidden, F = plan.weights.intermediate;
+    plan.cut();
+    std::memset(out, 0, plan.call.tokens * D * sizeof(float));
+    for (int i = 0; i < plan.num_waves; ++i) {
+      const Wave& wave = plan.waves[i];
+      const int64_t pieces = wave.end - wave.begin;
+      gate_up.prepare(plan, wave);
+      const int f_step = plan.column_step(F, pieces), d_step = plan.column_step(D, 1);
+      parallel_for(pieces * ceil_div(F, f_step), [&](int64_t task, int thread) {
+        const ColumnTask t = column_task(task, F, f_step);
+        hidden_block(plan.segments[wave.begin + t.piece], t.c0, t.nc, plan.thread[thread]);
+      });
+      down_rank_products(wave);
+      parallel_for(ceil_div(D, d_step), [&](int64_t task, int thread) {
+        const ColumnTask t = column_task(task, D, d_step);
+        combine_block(wave, t.c0, t.nc, plan.thread[thread]);
+      });
+    }
+  }
+};
+
+}  // namespace
+
+void experts_forward(const ExpertWeights& weights, const LayerCall& call, float* out) {
+  Workspace workspace;
+  Forward forward(weights, call, out);
+  forward.take(workspace);
+  workspace.reserve();
+  forward.take(workspace);
+  forward.run();
+}
+
+}  // namespace kt_sft

@@ -1,0 +1,164 @@
+#include "moe/plan.h"
+
+#include <algorithm>
+#include <cstring>
+
+#include "common/thread_pool.h"
+
+namespace kt_sft {
+
+PackedMatrix ExpertWeights::matrix(int expert, Projection projection) const {
+  const bool down = projection == kDown;
+  PackedMatrix m{};
+  m.format = format;
+  m.rows = down ? hidden : intermediate;
+  m.cols = down ? intermediate : hidden;
+  m.group_size = group_size > 0 ? group_size : m.col_blocks() * kBlock;
+  const uint8_t* at = storage + expert * expert_bytes();
+  if (projection != kGate) at += matrix(0, kGate).nbytes() * (projection == kUp ? 1 : 2);
+  m.codes = at;
+  m.scales = has_scales(format) ? reinterpret_cast<const uint16_t*>(at + m.code_bytes()) : nullptr;
+  return m;
+}
+
+int64_t ExpertWeights::expert_bytes() const {
+  PackedMatrix gate{nullptr, nullptr, format, intermediate, hidden, 0}, down{nullptr, nullptr, format, hidden, intermediate, 0};
+  gate.group_size = group_size > 0 ? group_size : gate.col_blocks() * kBlock;
+  down.group_size = group_size > 0 ? group_size : down.col_blocks() * kBlock;
+  return 2 * gate.nbytes() + down.nbytes();
+}
+
+void sort_by_expert(const int64_t* ids, int64_t slots, int num_experts, int32_t* counts, int32_t* order) {
+  std::fill(counts, counts + num_experts, 0);
+  for (int64_t i = 0; i < slots; ++i) ++counts[ids[i]];
+  int32_t begin = 0;
+  for (int e = 0; e < num_experts; ++e) {  // counts hold the next free place while sorting, and become counts again
+    const int32_t n = counts[e];
+    counts[e] = begin;
+    begin += n;
+  }
+  for (int64_t i = 0; i < slots; ++i) order[counts[ids[i]]++] = static_cast<int32_t>(i);
+  for (int e = num_experts - 1; e > 0; --e) counts[e] -= counts[e - 1];
+}
+
+Plan::Plan(const ExpertWeights& weights, const LayerCall& call)
+    : weights(weights), call(call), kernels(kt_sft::kernels()), threads(num_threads()), slots(call.tokens * call.top_k) {
+  const int64_t most_tiles = slots / kTileRows + std::min<int64_t>(slots, weights.num_experts) + slots / kMaxRows;
+  wave_tile_limit = std::min<int64_t>(std::max<int64_t>(most_tiles, 1), kWaveTiles);
+}
+
+void Plan::take(Workspace& workspace) {
+  const int64_t most_segments = std::min<int64_t>(slots, weights.num_experts) + slots / kMaxRows + 1;
+  counts = workspace.take<int32_t>(weights.num_experts);
+  order = workspace.take<int32_t>(slots);
+  token = workspace.take<int32_t>(slots);
+  segments = workspace.take<Segment>(most_segments);
+  waves = workspace.take<Wave>(most_segments);
+  thread = workspace.take<ThreadBuffers>(threads);
+  const bool real = thread != nullptr;
+  for (int t = 0; t < threads; ++t) {
+    ThreadBuffers b;
+    b.gemm = workspace.take<char>(kernels.gemm_scratch_bytes);
+    for (auto& rows : b.rows) rows = workspace.take<float>(int64_t{kMaxRows} * kMaxCols);
+    b.small = call.lora.any() ? workspace.take<char>(tiles(kMaxRows, kMaxRows) * kernels.tile_bytes) : nullptr;
+    if (real) thread[t] = b;
+  }
+}
+
+void Plan::cut() {
+  sort_by_expert(call.ids, slots, weights.num_experts, counts, order);
+  for (int64_t i = 0; i < slots; ++i) token[i] = order[i] / call.top_k;
+  num_segments = num_waves = 0;
+  int row = 0;
+  int64_t tile = 0;
+  for (int e = 0; e < weights.num_experts; ++e) {
+    const int pieces = static_cast<int>(ceil_div(counts[e], kMaxRows));
+    for (int p = 0, left = counts[e]; p < pieces; ++p) {
+      const int rows = static_cast<int>(std::min<int64_t>(left, round_up(ceil_div(left, pieces - p), kTileRows)));
+      const int64_t need = ceil_div(rows, kTileRows);
+      if (num_waves == 0 || tile + need > wave_tile_limit) {
+        waves[num_waves++] = {num_segments, num_segments};
+        tile = 0;
+      }
+      segments[num_segments++] = {e, row, rows, static_cast<int>(tile)};
+      waves[num_waves - 1].end = num_segments;
+      tile += need, row += rows, left -= rows;
+    }
+  }
+}
+
+int Plan::column_step(int columns, int64_t pieces) const {
+  const int64_t wanted = ceil_div(int64_t{4} * threads, std::max<int64_t>(pieces, 1));  // four tasks per thread balance
+  const int64_t step = round_up(ceil_div(columns, wanted), kBlock);
+  return static_cast<int>(std::min<int64_t>(std::max<int64_t>(step, kBlock), kMaxCols));
+}
+
+void rank_product(const Plan& plan, const Plan::ThreadBuffers& buffers, int rows, const RankProduct& p) {
+  for (int c0 = 0; c0 < p.rank; c0 += kMaxCols) {
+    const int nc = std::min(kMaxCols, p.rank - c0);
+    const GemmTerm term{p.act, p.q, nullptr, &p.factor};
+    plan.kernels.gemm({p.side, &term, 1, rows, c0, nc, p.small + c0, p.rank, buffers.gemm});
+  }
+  for (int64_t i = 0; i < int64_t{rows} * p.rank; ++i) p.small[i] *= p.scale;
+  plan.kernels.pack({p.side, {p.small, true, p.rank, 1}, 0, rows, 0, p.rank, p.tiles, ceil_div(p.rank, kTileSteps)});
+}
+
+void pack_tokens(const Plan& plan, const Wave& wave, Side side, const uint16_t* matrix, int width, void* tiles) {
+  constexpr int kRowsPerTask = 4 * kTileRows;
+  constexpr int kTasks = kMaxRows / kRowsPerTask;
+  const int64_t q_tiles = ceil_div(width, kTileSteps);
+  parallel_for(int64_t{wave.end - wave.begin} * kTasks, [&](int64_t task, int) {
+    const Segment& s = plan.segments[wave.begin + task / kTasks];
+    const int row = static_cast<int>(task % kTasks) * kRowsPerTask;
+    if (row >= s.rows) return;
+    const DenseView view{matrix, false, width, 1, plan.token + s.row0};
+    plan.kernels.pack({side, view, row, std::min(kRowsPerTask, s.rows - row), 0, width,
+                       plan.tile(tiles, s.tile0 + row / kTileRows, q_tiles), q_tiles});
+  });
+}
+
+void GateUpBuffers::take(const Plan& plan, Workspace& workspace) {
+  const Lora& lora = plan.call.lora;
+  x = plan.take_tiles(workspace, plan.weights.hidden);
+  x_lora = lora.x != nullptr ? plan.take_tiles(workspace, plan.weights.hidden) : x;
+  for (int p : {kGate, kUp}) {
+    const int rank = lora.factors[p].rank;
+    xa[p] = workspace.take<float>(plan.wave_rows() * rank);
+    xa_tiles[p] = plan.take_tiles(workspace, rank);
+  }
+}
+
+void GateUpBuffers::prepare(const Plan& plan, const Wave& wave) const {
+  const Lora& lora = plan.call.lora;
+  const int D = plan.weights.hidden;
+  pack_tokens(plan, wave, Side::left, plan.call.x, D, x);
+  if (lora.x != nullptr) pack_tokens(plan, wave, Side::left, lora.x, D, x_lora);
+  if (lora.factors[kGate].rank + lora.factors[kUp].rank == 0) return;
+  parallel_for(int64_t{wave.end - wave.begin} * 2, [&](int64_t task, int thread) {
+    const Segment& s = plan.segments[wave.begin + task / 2];
+    const LoraFactors& f = lora.factors[task % 2];
+    if (f.rank == 0) return;
+    rank_product(plan, plan.thread[thread], s.rows,
+                 {Side::left, plan.tile(x_lora, s.tile0, ceil_div(D, kTileSteps)), D,
+                  factor_a(f, s.expert, D, Reduce::features), f.rank, lora.scaling,
+                  xa[task % 2] + int64_t{s.tile0} * kTileRows * f.rank,
+                  plan.tile(xa_tiles[task % 2], s.tile0, ceil_div(f.rank, kTileSteps))});
+  });
+}
+
+void GateUpBuffers::compute(const Plan& plan, const Plan::ThreadBuffers& buffers, const Segment& s, int c0, int nc) const {
+  const int D = plan.weights.hidden, F = plan.weights.intermediate;
+  for (int p : {kGate, kUp}) {
+    const LoraFactors& f = plan.call.lora.factors[p];
+    const PackedMatrix packed = plan.weights.matrix(s.expert, static_cast<Projection>(p));
+    DenseView factor;
+    GemmTerm terms[2] = {{plan.tile(x, s.tile0, ceil_div(D, kTileSteps)), D, &packed, nullptr}, {}};
+    if (f.rank > 0) {
+      factor = factor_b(f, s.expert, F, Reduce::rank);
+      terms[1] = {plan.tile(xa_tiles[p], s.tile0, ceil_div(f.rank, kTileSteps)), f.rank, nullptr, &factor};
+    }
+    plan.kernels.gemm({Side::left, terms, f.rank > 0 ? 2 : 1, s.rows, c0, nc, buffers.rows[p], nc, buffers.gemm});
+  }
+}
+
+}  // namespace kt_sft

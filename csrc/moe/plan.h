@@ -1,0 +1,108 @@
+// How the routed rows of one call are cut into pieces, and the buffers of a piece.
+#pragma once
+#include "common/workspace.h"
+#include "kernels/kernel_table.h"
+#include "moe/experts.h"
+
+namespace kt_sft {
+
+// Up to kMaxRows rows of one expert.
+struct Segment {
+  int expert;
+  int row0, rows;  // in the order sorted by expert
+  int tile0;       // first 16-row tile in the buffers of its wave
+};
+
+// Segments that are computed together: bounds the workspace, whatever the number of tokens.
+struct Wave {
+  int begin, end;  // segments
+};
+
+constexpr int kWaveTiles = 256;  // 4096 rows
+
+struct Plan {
+  const ExpertWeights& weights;
+  const LayerCall& call;
+  const KernelTable& kernels;
+  int threads;
+  int64_t slots;           // T * K
+  int64_t wave_tile_limit; // tiles that the buffers of a wave hold
+
+  int32_t *counts, *order, *token;  // (E), (N) slot of a sorted row, (N) token of a sorted row
+  Segment* segments;
+  Wave* waves;
+  int num_segments, num_waves;
+
+  struct ThreadBuffers {
+    void* gemm;
+    float* rows[3];  // kMaxRows x kMaxCols each
+    void* small;     // a left operand of a LoRA gradient: kMaxRows x kMaxRows
+  };
+  ThreadBuffers* thread;
+
+  Plan(const ExpertWeights& weights, const LayerCall& call);
+  void take(Workspace& workspace);  // both passes of Workspace
+  void cut();                       // routing -> segments and waves, after reserve()
+
+  char* tile(void* tiles, int64_t tile, int64_t q_tiles) const {
+    return static_cast<char*>(tiles) + tile * q_tiles * static_cast<int64_t>(kernels.tile_bytes);
+  }
+  void* take_tiles(Workspace& workspace, int64_t q) const {
+    return workspace.take<char>(wave_tile_limit * ceil_div(q, kTileSteps) * kernels.tile_bytes);
+  }
+  int64_t wave_rows() const { return wave_tile_limit * kTileRows; }
+  int column_step(int columns, int64_t pieces) const;  // columns of a task: enough tasks for all threads
+  float routing_weight(int sorted_row) const { return call.weights[order[sorted_row]]; }
+};
+
+// One task: `count` tiles of rows, or columns [c0, c0 + nc) of a segment, as the loop that uses it says.
+struct ColumnTask {
+  int piece, c0, nc;
+};
+inline ColumnTask column_task(int64_t task, int columns, int step) {
+  const int per_piece = static_cast<int>(ceil_div(columns, step));
+  const int c0 = static_cast<int>(task % per_piece) * step;
+  return {static_cast<int>(task / per_piece), c0, columns - c0 < step ? columns - c0 : step};
+}
+
+// Dense view of one expert's factor. a: (R, in), b: (out, R), row-major.
+enum class Reduce { rank, features };  // which index is the reduction q; the other one is c
+inline DenseView factor_a(const LoraFactors& f, int expert, int64_t features, Reduce reduce) {
+  const char* base = static_cast<const char*>(f.a) + int64_t{expert} * f.rank * features * (f.a_float ? 4 : 2);
+  if (reduce == Reduce::features) return {base, f.a_float, features, 1};
+  return {base, f.a_float, 1, features};
+}
+inline DenseView factor_b(const LoraFactors& f, int expert, int64_t features, Reduce reduce) {
+  const char* base = static_cast<const char*>(f.b) + int64_t{expert} * f.rank * features * (f.b_float ? 4 : 2);
+  if (reduce == Reduce::rank) return {base, f.b_float, f.rank, 1};
+  return {base, f.b_float, 1, f.rank};
+}
+
+// small[row][r] = scale * sum_q act[row][q] factor(r, q) for one segment, and the same as tiles (bf16) of `side`.
+struct RankProduct {
+  Side side;
+  const void* act;  // packed tiles of the segment
+  int q;
+  DenseView factor;
+  int rank;
+  float scale;
+  float* small;  // (rows, rank)
+  void* tiles;   // of the segment
+};
+void rank_product(const Plan& plan, const Plan::ThreadBuffers& buffers, int rows, const RankProduct& product);
+
+// Gate and up of the segments of a wave, shared by forward and by a recomputing backward.
+struct GateUpBuffers {
+  void *x, *x_lora;          // left tiles (rows, D); x_lora == x unless the call has its own
+  float* xa[2];              // (wave rows, R): s X' A^T
+  void* xa_tiles[2];         // the same as left tiles
+  void take(const Plan& plan, Workspace& workspace);
+  void prepare(const Plan& plan, const Wave& wave) const;  // packs x, computes xa
+  // gate and up of columns [c0, c0 + nc) into buffers.rows[0] and [1], ld = nc.
+  void compute(const Plan& plan, const Plan::ThreadBuffers& buffers, const Segment& segment, int c0, int nc) const;
+};
+
+// Packs gathered rows of a (T, width) bf16 matrix for every segment of the wave.
+void pack_tokens(const Plan& plan, const Wave& wave, Side side, const uint16_t* matrix, int width, void* tiles);
+
+}  // namespace kt_sft

@@ -1,0 +1,60 @@
+"""The only importer of the compiled kernels: what this machine runs, and typed wrappers for the layers above.
+
+``KT_SFT_ISA`` (or KTransformers' ``KT_KERNEL_CPU_VARIANT``) forces an instruction set; one that the CPU lacks raises.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+try:
+    from kt_sft import _C
+except ImportError as error:  # pragma: no cover - a broken installation
+    raise ImportError(
+        f"kt_sft's compiled kernels cannot be loaded ({error}). Reinstall the package with `pip install .`"
+    ) from error
+
+_KT_VARIANTS = {"amx": "amx", "avx512": "avx512", "avx2": "avx2"}
+
+
+def _forced_isa() -> str:
+    forced = os.environ.get("KT_SFT_ISA", "")
+    if not forced and (variant := os.environ.get("KT_KERNEL_CPU_VARIANT", "")):
+        forced = _KT_VARIANTS.get(variant.lower(), variant.lower())
+    return forced or "auto"
+
+
+_C.select_isa(_forced_isa())
+
+isa = _C.isa
+isas = _C.isas
+select_isa = _C.select_isa
+formats = _C.formats
+num_threads = _C.num_threads
+set_num_threads = _C.set_num_threads
+packed_bytes = _C.packed_bytes
+workspace_bytes = _C.workspace_bytes
+set_workspace_poison = _C.set_workspace_poison
+sort_by_expert = _C.sort_by_expert
+pack = _C.pack
+unpack = _C.unpack
+forward = _C.forward
+backward = _C.backward
+
+
+def numa_nodes() -> int:
+    """Number of NUMA nodes with memory, as the kernel lists them."""
+    return max(1, len(list(Path("/sys/devices/system/node").glob("node[0-9]*"))))
+
+
+def info() -> dict[str, Any]:
+    """What runs here: isa (chosen), isas (all that this CPU runs), formats, threads, numa_nodes."""
+    return {
+        "isa": isa(),
+        "isas": isas(),
+        "formats": formats(),
+        "threads": num_threads(),
+        "numa_nodes": numa_nodes(),
+    }

@@ -1,0 +1,79 @@
+"""Symmetric quantisation of weight matrices to int8 and int4 codes with bf16 scales.
+
+For every row n and group g of ``group_size`` columns:  code = clamp(round(w / scale), -q, q),  w ~ bf16(code * scale),
+q = 127 (int8) or 7 (int4). int8 takes scale = max|w| / q, rounded up to bf16 so that nothing is clipped; int4 takes,
+of nine fractions of that maximum, the one with the least squared error in its group.
+Shape suffixes: N rows, K columns, G groups.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+QMAX = {"int8": 127, "int4": 7}
+DEFAULT_GROUP_SIZE = {"bf16": 0, "int8": 0, "int4": 32}  # 0: per channel
+_INT4_FRACTIONS = (1.0, 0.96, 0.92, 0.88, 0.84, 0.8, 0.76, 0.72, 0.68)
+
+
+def resolve_group_size(weight_format: str, group_size: int | None) -> int:
+    """The group size in force: None is the format's default; 0 is per channel. Raises ValueError for others than 32, 64, 128."""
+    if weight_format not in DEFAULT_GROUP_SIZE:
+        raise ValueError(f"weight_format: expected one of {', '.join(DEFAULT_GROUP_SIZE)}; got {weight_format!r}")
+    if group_size is None:
+        return DEFAULT_GROUP_SIZE[weight_format]
+    if weight_format == "bf16":
+        if group_size != 0:
+            raise ValueError(f"group_size: bf16 weights have no scales; expected None, got {group_size}")
+        return 0
+    if group_size not in (0, 32, 64, 128):
+        raise ValueError(f"group_size: expected 32, 64, 128 or 0 (per channel), got {group_size}")
+    return group_size
+
+
+def _bf16_ceil(x: Tensor) -> Tensor:
+    """The least bf16 that is not below x (x >= 0)."""
+    y = x.to(torch.bfloat16)
+    bits = y.view(torch.int16)
+    return torch.where(y.float() < x, bits + 1, bits).view(torch.bfloat16)
+
+
+def quantize(w_NK: Tensor, weight_format: str, group_size: int) -> tuple[Tensor, Tensor]:
+    """Return (codes_NK int8, scales_NG bf16), G = ceil(K / group_size), or 1 per channel.
+
+    Raises ValueError if the weights hold NaN or Inf.
+    """
+    rows, columns = w_NK.shape
+    group = group_size or columns
+    pad = -columns % group
+    w_NGg = torch.nn.functional.pad(w_NK.float(), (0, pad)).view(rows, -1, group)
+    peak_NG1 = w_NGg.abs().amax(-1, keepdim=True)
+    if not torch.isfinite(peak_NG1).all():
+        raise ValueError("weights: expected finite values, got NaN or Inf")
+    qmax = QMAX[weight_format]
+
+    def codes_for(scale_NG1: Tensor) -> Tensor:
+        inverse = torch.where(scale_NG1 > 0, 1.0 / scale_NG1, 0.0)
+        return (w_NGg * inverse).round_().clamp_(-qmax, qmax)
+
+    scale_NG1 = _bf16_ceil(peak_NG1 / qmax).float()
+    codes_NGg = codes_for(scale_NG1)
+    if weight_format == "int4":
+        best_NG1 = (codes_NGg * scale_NG1 - w_NGg).square_().sum(-1, keepdim=True)
+        for fraction in _INT4_FRACTIONS[1:]:
+            trial_NG1 = (peak_NG1 * (fraction / qmax)).to(torch.bfloat16).float()
+            trial_codes = codes_for(trial_NG1)
+            error_NG1 = (trial_codes * trial_NG1 - w_NGg).square_().sum(-1, keepdim=True)
+            better = error_NG1 < best_NG1
+            best_NG1 = torch.where(better, error_NG1, best_NG1)
+            scale_NG1 = torch.where(better, trial_NG1, scale_NG1)
+            codes_NGg = torch.where(better, trial_codes, codes_NGg)
+    codes_NK = codes_NGg.to(torch.int8).view(rows, -1)[:, :columns].contiguous()
+    return codes_NK, scale_NG1.squeeze(-1).to(torch.bfloat16).contiguous()
+
+
+def dequantize(codes_NK: Tensor, scales_NG: Tensor, group_size: int) -> Tensor:
+    """bf16(code * scale): the values that the kernels multiply with. Used by tests as the independent oracle of unpack."""
+    columns = codes_NK.shape[1]
+    scale_NK = scales_NG.float().repeat_interleave(group_size or columns, dim=1)[:, :columns]
+    return (codes_NK.float() * scale_NK).to(torch.bfloat16)
