@@ -1,0 +1,158 @@
+"""Stock PEFT (0.18.1 and later) on packed experts: targets, layers, files.
+
+``install()`` (idempotent) wraps four PEFT functions; models without packed experts go through unchanged:
+
+- ``LoraModel._create_new_module``: a placeholder projection of ``KtExperts`` gets an ``ExpertsLinearLora``;
+- ``LoraModel.inject_adapter``: understands ``target_modules="all-linear"``, the name ``experts``, and adapters that
+  were trained with ``target_parameters``. Names such as ``gate_proj`` (Mixtral: ``w1``) need no help: they are the names
+  of the placeholders, so PEFT matches routed experts, shared experts and dense MLPs alike;
+- ``get_peft_model_state_dict`` / ``set_peft_model_state_dict``: files hold portable per-expert keys, and any layout of
+  ``adapter_keys`` loads;
+- ``PeftModel.load_adapter``: an adapter of packed experts is read from safetensors only, never from a pickle.
+
+Everything else is stock: optimizers, clipping, ``disable_adapter``, several adapters, ``rank_pattern``, rsLoRA, LoRA+.
+
+What a written adapter needs elsewhere: on transformers 4, stock PEFT loads it as it is (each expert is a Linear there).
+On transformers 5 the experts are fused 3-D parameters: stock PEFT 0.18 finds no Linear of these names, warns about
+unexpected keys and applies the attention part only; use kt_sft there, or a PEFT that converts per-expert adapters.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from functools import wraps
+from typing import Any
+
+from torch import nn
+
+from ..nn.experts import KtExpertsLinear
+from .adapter_keys import experts_modules, from_files, to_portable
+
+_MARK = "_kt_sft_wrapped"
+
+
+def install() -> None:
+    from peft import PeftModel
+    from peft.tuners.lora import LoraModel
+    from peft.utils import save_and_load
+
+    if getattr(LoraModel.inject_adapter, _MARK, False):
+        return
+    LoraModel._create_new_module = staticmethod(_wrap_create(LoraModel._create_new_module))
+    LoraModel.inject_adapter = _wrap_inject(LoraModel.inject_adapter)
+    PeftModel.load_adapter = _wrap_load(PeftModel.load_adapter)
+    _replace_everywhere(save_and_load.get_peft_model_state_dict, _wrap_get(save_and_load.get_peft_model_state_dict))
+    _replace_everywhere(save_and_load.set_peft_model_state_dict, _wrap_set(save_and_load.set_peft_model_state_dict))
+
+
+def expert_target_names(model: nn.Module) -> list[str]:
+    """Module names that target the routed experts of this model: what "all linear layers" must include."""
+    names = [name for experts in experts_modules(model).values() for name in experts.names]
+    return list(dict.fromkeys(names))
+
+
+def _replace_everywhere(original: Any, wrapped: Any) -> None:
+    """Functions are imported by name: replace the reference in every loaded module that has it."""
+    setattr(wrapped, _MARK, True)
+    for module in list(sys.modules.values()):
+        if getattr(module, "__dict__", {}).get(original.__name__) is original:
+            setattr(module, original.__name__, wrapped)
+
+
+def _wrap_create(original: Any) -> Any:
+    @wraps(original)
+    def create_new_module(lora_config: Any, adapter_name: str, target: nn.Module, **kwargs: Any) -> nn.Module:
+        from ..nn.lora import ExpertsLinearLora
+
+        if isinstance(target, KtExpertsLinear):
+            return ExpertsLinearLora(target, adapter_name, **kwargs)
+        return original(lora_config, adapter_name, target, **kwargs)
+
+    return create_new_module
+
+
+def _wrap_inject(original: Any) -> Any:
+    @wraps(original)
+    def inject_adapter(self: Any, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        names = expert_target_names(model)
+        if names:
+            _expand_targets(self.peft_config[adapter_name], model, names)
+        original(self, model, adapter_name, *args, **kwargs)
+
+    setattr(inject_adapter, _MARK, True)
+    return inject_adapter
+
+
+def _expand_targets(config: Any, model: nn.Module, names: list[str]) -> None:
+    """Rewrite targets that only make sense with packed experts into ones that stock PEFT on transformers 4 shares."""
+    from peft.tuners import tuners_utils
+
+    _translate_parameters(config, model)
+    if isinstance(config.target_modules, str) and config.target_modules.lower() == "all-linear":
+        tuners_utils._maybe_include_all_linear_layers(config, model)
+        experts = tuple(f"{path}.{name}" for path, m in experts_modules(model).items() for name in m.names)
+        config.target_modules = {t for t in config.target_modules if t not in experts} | set(names)
+    elif isinstance(config.target_modules, (list, set, tuple)):
+        targets = set(config.target_modules)
+        inside = {t.rpartition(".")[2] for t in targets if re.fullmatch(r"(.*\.)?experts\.\w+", t)} & set(names)
+        if "experts" in targets or inside:
+            others = {t for t in targets if t != "experts" and t.rpartition(".")[2] not in inside or "." not in t}
+            others.discard("experts")
+            config.target_modules = _pattern(set(names) if "experts" in targets else inside, others)
+
+
+def _pattern(inside_experts: set[str], others: set[str]) -> str:
+    """A regular expression that matches the packed placeholder as well as transformers 4's per-expert Linear."""
+    choices = [rf"experts(?:\.\d+)?\.(?:{'|'.join(sorted(map(re.escape, inside_experts)))})"]
+    choices += sorted(map(re.escape, others))
+    return rf"(?:.*\.)?(?:{'|'.join(choices)})"
+
+
+def _translate_parameters(config: Any, model: nn.Module) -> None:
+    """``target_parameters: [mlp.experts.gate_up_proj, mlp.experts.down_proj]`` -> the same experts as modules."""
+    fused = {"gate_up_proj": ("gate", "up"), "down_proj": ("down",)}
+    parameters = set(config.target_parameters or ())
+    ours = {p for p in parameters if re.fullmatch(r"(.*\.)?experts\.(gate_up_proj|down_proj)", p)}
+    if not ours:
+        return
+    first = next(iter(experts_modules(model).values()))
+    wanted = {getattr(first.names, role) for p in ours for role in fused[p.rpartition(".")[2]]}
+    config.target_parameters = sorted(parameters - ours) or None
+    if isinstance(config.target_modules, str):
+        experts = _pattern(wanted, set())
+        config.target_modules = f"(?:{config.target_modules})|(?:{experts})"
+    else:
+        config.target_modules = _pattern(wanted, set(config.target_modules or ()))
+
+
+def _wrap_get(original: Any) -> Any:
+    @wraps(original)
+    def get_peft_model_state_dict(model: nn.Module, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        return to_portable(original(model, *args, **kwargs), model)
+
+    return get_peft_model_state_dict
+
+
+def _wrap_set(original: Any) -> Any:
+    @wraps(original)
+    def set_peft_model_state_dict(model: nn.Module, peft_model_state_dict: dict[str, Any], *args: Any, **kw: Any) -> Any:
+        return original(model, from_files(peft_model_state_dict, model), *args, **kw)
+
+    return set_peft_model_state_dict
+
+
+def _wrap_load(original: Any) -> Any:
+    @wraps(original)
+    def load_adapter(self: Any, model_id: Any, *args: Any, **kwargs: Any) -> Any:
+        folder = os.path.join(os.fspath(model_id), kwargs.get("subfolder") or "")
+        if os.path.isdir(folder) and experts_modules(self):
+            if not os.path.exists(os.path.join(folder, "adapter_model.safetensors")):
+                raise ValueError(
+                    f"adapter {folder}: expected adapter_model.safetensors, got {sorted(os.listdir(folder))[:5]}; "
+                    "pickled adapters are not loaded, convert the file to safetensors"
+                )
+        return original(self, model_id, *args, **kwargs)
+
+    return load_adapter

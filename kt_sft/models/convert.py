@@ -1,0 +1,220 @@
+"""Put the routed experts of a Hugging Face model on the CPU kernels, while it loads or after.
+
+While it loads (``experts_on_cpu``): transformers builds every model on the meta device and calls ``post_init`` at the
+end of its constructor. There the experts modules are exchanged for parameter-free ``KtExperts``, so that transformers
+neither allocates nor reads an expert tensor; when ``from_pretrained`` returns, they are filled from the shards. One
+mechanism serves every family and transformers 4 and 5. Routers, shared experts, dense layers and multi-token-prediction
+layers stay what they are.
+
+After it has loaded (``convert_model``): the same exchange, packing the weights that are there.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import fields, replace
+from types import MethodType
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from ..config import KtConfig
+from ..nn.experts import KtExperts
+from ..ops import PackedExperts
+from ..weights.checkpoint import Checkpoint
+from ..weights.loader import load_experts
+from . import blocks_v4
+from .names import hub_names, locate
+from .spec import MoeSpec, describe_fused, describe_list, is_fused
+
+logger = logging.getLogger(__name__)
+
+
+def from_pretrained(path: str | os.PathLike[str], *, config: KtConfig | dict[str, Any] | None = None, **options: Any) -> Any:
+    """``AutoModelForCausalLM.from_pretrained`` with the routed experts packed on the CPU.
+
+    ``options`` that are fields of ``KtConfig`` (``weight_format="int4"``, ``activation_policy="recompute"`` ...) override
+    ``config``; the others go to transformers (``device_map``, ``dtype``; dtype defaults to the checkpoint's).
+    """
+    from transformers import AutoModelForCausalLM
+
+    own = {f.name for f in fields(KtConfig)}
+    settings = replace(as_config(config), **{k: options.pop(k) for k in list(options) if k in own})
+    options.setdefault("dtype", "auto")
+    path = os.fspath(path)
+    with experts_on_cpu(path, settings, revision=options.get("revision")):
+        return AutoModelForCausalLM.from_pretrained(settings.non_expert_weight_path or path, **options)
+
+
+def as_config(config: KtConfig | dict[str, Any] | None) -> KtConfig:
+    if config is None:
+        return KtConfig()
+    return config if isinstance(config, KtConfig) else KtConfig.from_dict(config, source="config")
+
+
+@contextmanager
+def experts_on_cpu(model_dir: str | os.PathLike[str], config: KtConfig, *, revision: str | None = None) -> Iterator[None]:
+    """Inside, ``AutoModel*.from_pretrained`` builds and fills packed experts from the checkpoint ``model_dir``.
+
+    A model without supported experts raises ValueError. The context patches ``PreTrainedModel`` and is meant for one
+    loading call at a time.
+    """
+    from transformers import PreTrainedModel
+
+    post_init, load = PreTrainedModel.post_init, PreTrainedModel.__dict__["from_pretrained"]
+
+    def post_init_with_swap(self: Any) -> None:
+        swap_experts(self, config.activation_policy)
+        _ignore_expert_keys(self)
+        post_init(self)
+
+    def from_pretrained_and_fill(cls: type, *args: Any, **kwargs: Any) -> Any:
+        result = load.__func__(cls, *args, **kwargs)
+        fill_experts(result[0] if isinstance(result, tuple) else result, model_dir, config, revision=revision)
+        return result
+
+    PreTrainedModel.post_init = post_init_with_swap
+    PreTrainedModel.from_pretrained = classmethod(from_pretrained_and_fill)
+    try:
+        yield
+    finally:
+        PreTrainedModel.post_init = post_init
+        PreTrainedModel.from_pretrained = load
+
+
+def convert_model(model: Any, config: KtConfig | dict[str, Any] | None = None) -> Any:
+    """Pack the routed experts of a loaded model in place, freeing the originals layer by layer; returns the model."""
+    settings = as_config(config)
+    swapped = swap_experts(model, settings.activation_policy)
+    if not swapped:
+        raise _no_experts(model)
+    for _, original, experts in tqdm(swapped, desc="packing experts", unit="layer"):
+        experts.packed = _pack(original, experts, settings)
+        original.to("meta")
+    _finish(model)
+    return model
+
+
+def swap_experts(model: nn.Module, activation_policy: str) -> list[tuple[str, nn.Module, KtExperts]]:
+    """Exchange every routed-experts module for an empty ``KtExperts``: (path, original, replacement) per layer.
+
+    All of them are checked before the first is exchanged.
+    """
+    found: list[tuple[str, nn.Module, MoeSpec]] = []
+    methods: list[tuple[nn.Module, str, MethodType]] = []
+    for path, module in model.named_modules():
+        parent_path, _, leaf = path.rpartition(".")
+        if is_fused(module):
+            spec = describe_fused(module, path)
+            names, block_name = hub_names(model, path)
+            found.append((path, module, replace(spec, names=names, block_name=block_name)))
+        elif isinstance(module, nn.ModuleList) and leaf == "experts" and len(module):
+            block = model.get_submodule(parent_path)
+            methods.append((block, *blocks_v4.adapted_method(block, parent_path)))
+            found.append((path, module, replace(describe_list(module, path), block_name=parent_path.rpartition(".")[2])))
+    for block, name, method in methods:
+        setattr(block, name, method)
+    swapped = []
+    for path, module, spec in found:
+        experts = KtExperts(
+            num_experts=spec.num_experts,
+            hidden_size=spec.hidden_size,
+            intermediate_size=spec.intermediate_size,
+            names=spec.names,
+            block_name=spec.block_name,
+            activation_policy=activation_policy,
+            dtype=spec.dtype,
+        )
+        model.set_submodule(path, experts)
+        swapped.append((path, module, experts))
+    return swapped
+
+
+def fill_experts(model: Any, model_dir: str | os.PathLike[str], config: KtConfig, *, revision: str | None = None) -> None:
+    """Load and pack the experts of every empty ``KtExperts`` in the model from the checkpoint."""
+    layers = {path: m for path, m in model.named_modules() if isinstance(m, KtExperts)}
+    if not layers:
+        raise _no_experts(model)
+    directory = _local(model_dir, revision)
+    available = set(Checkpoint(directory).names())
+    empty = {path: m for path, m in layers.items() if not m.is_loaded}
+    by_size: dict[tuple[int, int, int], dict[str, KtExperts]] = {}
+    for path, m in empty.items():
+        by_size.setdefault((m.num_experts, m.hidden_size, m.intermediate_size), {})[path] = m
+    for (num_experts, hidden, intermediate), group in by_size.items():
+        packed = load_experts(
+            directory,
+            {path: locate(path, m, model.base_model_prefix, available) for path, m in group.items()},
+            num_experts=num_experts,
+            hidden_size=hidden,
+            intermediate_size=intermediate,
+            config=config,
+        )
+        for path, m in group.items():
+            m.packed = packed[path]
+    _finish(model)
+
+
+def _finish(model: Any) -> None:
+    experts = [m for m in model.modules() if isinstance(m, KtExperts)]
+    size = sum(m.packed.nbytes for m in experts) / 2**30
+    logger.info("%d layers of experts packed as %s: %.2f GiB", len(experts), experts[0].packed.weight_format, size)
+    model.save_pretrained = MethodType(_refuse_save, model)
+
+
+def _refuse_save(self: Any, *args: Any, **kwargs: Any) -> NoReturn:
+    raise ValueError(
+        "save_pretrained: expected a model with all of its weights, got one whose experts are packed; "
+        "save the adapter (save_pretrained of the PEFT model): the base checkpoint has not changed"
+    )
+
+
+def _ignore_expert_keys(model: Any) -> None:
+    """Tell transformers that the expert tensors of the exchanged layers are left out on purpose."""
+    patterns = list(model._keys_to_ignore_on_load_unexpected or [])
+    for path, module in model.named_modules():
+        if isinstance(module, KtExperts):
+            before, _, leaf = path.rsplit(".", 2)
+            patterns.append(rf"(?:^|\.){re.escape(before)}\.\w+\.{re.escape(leaf)}\.")
+    model._keys_to_ignore_on_load_unexpected = patterns
+
+
+def _pack(original: nn.Module, experts: KtExperts, config: KtConfig) -> PackedExperts:
+    E, D, F = experts.num_experts, experts.hidden_size, experts.intermediate_size
+    packed = PackedExperts.empty(E, D, F, config.weight_format, config.group_size)
+    for index in range(E):
+        matrices = _expert(original, experts, index)
+        if any(m.is_meta for m in matrices):
+            raise ValueError("convert_model: expected loaded weights, got a meta model; use kt_sft.from_pretrained")
+        packed.pack_expert_(index, *(m.detach().cpu() for m in matrices))
+    return packed
+
+
+def _expert(original: nn.Module, experts: KtExperts, index: int) -> tuple[Tensor, Tensor, Tensor]:
+    if isinstance(original, nn.ModuleList):
+        gate, up, down = (original[index].get_parameter(f"{name}.weight") for name in experts.names)
+        return gate, up, down
+    gate, up = original.get_parameter("gate_up_proj")[index].chunk(2)
+    return gate, up, original.get_parameter("down_proj")[index]
+
+
+def _no_experts(model: Any) -> ValueError:
+    return ValueError(
+        f"{type(model).__name__}: expected a Mixture-of-Experts model, got one without routed experts; "
+        "load it without kt_sft (use_kt: false)"
+    )
+
+
+def _local(model_dir: str | os.PathLike[str], revision: str | None) -> str:
+    """The local folder of a checkpoint; a hub id is resolved through the hub's cache."""
+    if os.path.isdir(model_dir):
+        return os.fspath(model_dir)
+    from huggingface_hub import snapshot_download
+
+    return snapshot_download(os.fspath(model_dir), revision=revision, allow_patterns=["*.safetensors", "*.json"])

@@ -1,0 +1,71 @@
+"""Where the checkpoint keeps the experts of a module: hub-style names, found with transformers' own conversion rules.
+
+transformers 5 renames and fuses on load (``block_sparse_moe.experts.3.w1.weight`` -> ``mlp.experts.gate_up_proj``).
+``hub_names`` asks those rules which per-expert names become the fused ones; ``locate`` then looks which of the possible
+layouts a checkpoint really has.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import Any
+
+from ..nn.experts import KtExperts, ProjectionNames
+from ..weights.checkpoint import ExpertTensors
+from .spec import TRIPLES
+
+
+def hub_names(model: Any, path: str) -> tuple[ProjectionNames, str]:
+    """The per-expert projection names and the name of the parent block in the checkpoints of this model family.
+
+    ``path`` is the experts module's path in ``model`` (transformers 5), e.g. ``layers.3.mlp.experts``.
+    """
+    rename = _renamer(model)
+    before, block, experts = path.rsplit(".", 2)
+    for block_name in dict.fromkeys(["block_sparse_moe", block]):
+        for names in TRIPLES:
+            keys = [f"{before}.{block_name}.{experts}.0.{name}.weight" for name in names]
+            targets = [f"{path}.gate_up_proj", f"{path}.gate_up_proj", f"{path}.down_proj"]
+            if [rename(key) for key in keys] == targets:
+                return names, block_name
+    return TRIPLES[0], block
+
+
+def _renamer(model: Any) -> Any:
+    from transformers import conversion_mapping, core_model_loading
+
+    rules = conversion_mapping.get_model_conversion_mapping(model)
+    renamings = [rule for rule in rules if isinstance(rule, core_model_loading.WeightRenaming)]
+    converters = [rule for rule in rules if isinstance(rule, core_model_loading.WeightConverter)]
+    return lambda key: core_model_loading.rename_source_key(key, renamings, converters)[0]
+
+
+def locate(path: str, experts: KtExperts, base_prefix: str, available: Collection[str]) -> ExpertTensors:
+    """The tensors of one layer among the ``available`` checkpoint names; ValueError if there are none.
+
+    Looked for, in this order: hub-style per-expert names, per-expert names under the module's own path, fused names;
+    each with and without the model's base prefix (checkpoints saved from the bare decoder lack it).
+    """
+    own = path
+    hub = hub_path(path, experts)
+    stripped = f"{base_prefix}."
+    bases = [hub, own, *(base.removeprefix(stripped) for base in (hub, own)), f"{stripped}{hub}", f"{stripped}{own}"]
+    for base in dict.fromkeys(bases):
+        for names in dict.fromkeys([experts.names, *TRIPLES]):
+            if f"{base}.0.{names.gate}.weight" in available:
+                gate, up, down = (f"{base}.{{expert}}.{name}.weight" for name in names)
+                return ExpertTensors(gate=gate, up=up, down=down)
+        for suffix in ("", ".weight"):
+            if f"{base}.gate_up_proj{suffix}" in available:
+                return ExpertTensors(gate_up=f"{base}.gate_up_proj{suffix}", down=f"{base}.down_proj{suffix}")
+    near = sorted(name for name in available if f".{path.rsplit('.', 3)[-3]}." in name and ".experts." in name)[:3]
+    raise ValueError(
+        f"experts of {path}: expected tensors such as {hub}.0.{experts.names.gate}.weight, got "
+        f"{near or 'no expert tensors of this layer'}; check that the checkpoint is complete and of this model"
+    )
+
+
+def hub_path(path: str, experts: KtExperts) -> str:
+    """The module's path with the parent block's checkpoint name: where per-expert adapters keep their keys too."""
+    before, _, leaf = path.rsplit(".", 2)
+    return f"{before}.{experts.block_name}.{leaf}"

@@ -1,0 +1,207 @@
+"""The frozen routed experts of one MoE layer as a module without parameters.
+
+``KtExperts`` has the interface of transformers' experts modules: the model's own router chooses, this module computes
+
+    out[t] = sum_k  top_k_weights[t, k] * expert_{top_k_index[t, k]}(hidden_states[t])
+
+with the packed weights. They are neither parameters nor buffers: ``state_dict``, ``.to()``, FSDP and the optimizer
+never see them, and copies of the module share them.
+
+Its three children are placeholders for "the Linear layers of this projection, one per expert", under the names that
+the family's checkpoints use (``gate_proj``/``up_proj``/``down_proj``, or Mixtral's ``w1``/``w3``/``w2``). They compute
+nothing. They exist so that adapters are targeted by the names that users type, and so that a LoRA layer has its place
+in the module tree: a child that a LoRA layer has wrapped hands its factors to ``KtExperts.forward``.
+
+Letters: T tokens, D hidden, F intermediate, E experts, K top-k, R LoRA rank.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple, NoReturn
+
+import torch
+from torch import Tensor, nn
+
+from ..ops import ExpertsLora, PackedExperts, moe_experts
+
+
+class ProjectionNames(NamedTuple):
+    """What a model family calls the three matrices of an expert: ``down(silu(gate(x)) * up(x))``."""
+
+    gate: str = "gate_proj"
+    up: str = "up_proj"
+    down: str = "down_proj"
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraTerm:
+    """One adapter on one projection: adds ``scaling * (dropout(x) a_e^T) b_e^T`` for expert e."""
+
+    a: Tensor  # (E, R, in)
+    b: Tensor  # (E, out, R)
+    scaling: float
+    dropout: float
+
+
+class KtExpertsLinear(nn.Module):
+    """Placeholder for the E Linear layers of one projection. Holds no tensor; ``KtExperts`` computes with it."""
+
+    def __init__(self, num_experts: int, in_features: int, out_features: int, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.num_experts, self.in_features, self.out_features = num_experts, in_features, out_features
+        self.dtype = dtype
+
+    @property
+    def weight(self) -> Tensor:
+        """An empty tensor: PEFT reads the device and dtype for new factors from it."""
+        return torch.empty(0, dtype=self.dtype, device="cpu")
+
+    def lora_terms(self) -> list[LoraTerm]:
+        return []
+
+    def forward(self, *args: Any, **kwargs: Any) -> NoReturn:
+        raise ValueError(
+            "a projection of packed experts: expected to be computed by its KtExperts parent, got a direct call; "
+            "call the experts module with (hidden_states, top_k_index, top_k_weights)"
+        )
+
+    def extra_repr(self) -> str:
+        return f"experts={self.num_experts}, in_features={self.in_features}, out_features={self.out_features}"
+
+
+class _Shared:
+    """Keeps a PackedExperts out of ``copy.deepcopy`` (copies share it) and out of pickles (refused)."""
+
+    def __init__(self) -> None:
+        self.packed: PackedExperts | None = None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Shared:
+        return self
+
+    def __reduce__(self) -> NoReturn:
+        raise ValueError(
+            "packed experts: expected to stay in their process, got a request to pickle them; "
+            "save the adapter (save_pretrained of the PEFT model) and load the base with kt_sft.from_pretrained"
+        )
+
+
+class KtExperts(nn.Module):
+    """Packed frozen experts with transformers' experts interface. See the module docstring."""
+
+    _is_hf_initialized = True  # transformers must not initialise it
+
+    def __init__(
+        self,
+        *,
+        num_experts: int,
+        hidden_size: int,
+        intermediate_size: int,
+        names: ProjectionNames = ProjectionNames(),  # noqa: B008 (immutable)
+        block_name: str = "mlp",
+        activation_policy: str = "retain",
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        """``block_name`` is what checkpoints call the parent module, e.g. Mixtral's ``block_sparse_moe``."""
+        super().__init__()
+        self.num_experts, self.hidden_size, self.intermediate_size = num_experts, hidden_size, intermediate_size
+        self.names, self.block_name, self.activation_policy = names, block_name, activation_policy
+        self._shared = _Shared()
+        E, D, F = num_experts, hidden_size, intermediate_size
+        for name, (inputs, outputs) in zip(names, ((D, F), (D, F), (F, D)), strict=True):
+            self.add_module(name, KtExpertsLinear(E, inputs, outputs, dtype))
+
+    @property
+    def is_loaded(self) -> bool:
+        return self._shared.packed is not None
+
+    @property
+    def packed(self) -> PackedExperts:
+        if self._shared.packed is None:
+            raise ValueError(
+                "packed experts: expected loaded weights, got none; "
+                "build the model with kt_sft.from_pretrained or inside experts_on_cpu"
+            )
+        return self._shared.packed
+
+    @packed.setter
+    def packed(self, packed: PackedExperts) -> None:
+        expected = (self.num_experts, self.hidden_size, self.intermediate_size)
+        got = (packed.num_experts, packed.hidden_size, packed.intermediate_size)
+        if got != expected:
+            raise ValueError(
+                f"packed experts: expected (experts, hidden, intermediate) = {expected}, got {got}; "
+                "load the experts of this model"
+            )
+        self._shared.packed = packed
+
+    @property
+    def weight(self) -> Tensor:
+        """An empty tensor, for code that asks any target module for its device and dtype."""
+        return self.get_submodule(self.names.gate).weight  # type: ignore[return-value]
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """hidden_states (..., D), top_k_index (T, K) and top_k_weights (T, K) -> like hidden_states."""
+        out_TD = moe_experts(
+            hidden_states.reshape(-1, self.hidden_size),
+            top_k_index,
+            top_k_weights,
+            self.packed,
+            self._lora(),
+            activation_policy=self.activation_policy,  # type: ignore[arg-type]
+        )
+        return out_TD.view(hidden_states.shape)
+
+    def _lora(self) -> ExpertsLora | None:
+        terms = [self.get_submodule(name).lora_terms() for name in self.names]  # type: ignore[operator]
+        return combine_lora(*terms)
+
+    def extra_repr(self) -> str:
+        state = f"{self.packed.weight_format}, {self.packed.nbytes / 2**20:.1f} MiB" if self.is_loaded else "not loaded"
+        return (
+            f"experts={self.num_experts}, hidden={self.hidden_size}, intermediate={self.intermediate_size}, "
+            f"weights={state}"
+        )
+
+
+def combine_lora(gate: list[LoraTerm], up: list[LoraTerm], down: list[LoraTerm]) -> ExpertsLora | None:
+    """Fold the active adapters of the three projections into one: factors joined along R, zero-padded to one rank.
+
+    ``sum_i s_i B_i A_i = s [s_1/s B_1, s_2/s B_2, ...] [A_1; A_2; ...]`` with one s for the layer.
+    """
+    terms = [*gate, *up, *down]
+    if not terms:
+        return None
+    dropouts = {term.dropout for term in terms}
+    if len(dropouts) > 1:
+        raise ValueError(
+            f"lora_dropout of the active adapters on the experts: expected one value, got {sorted(dropouts)}; "
+            "give the adapters that train together the same lora_dropout"
+        )
+    scaling = terms[0].scaling if len({term.scaling for term in terms}) == 1 else 1.0
+    rank = max(sum(term.a.shape[1] for term in projection) for projection in (gate, up, down))
+    factors: dict[str, Tensor] = {}
+    for name, projection in (("gate", gate), ("up", up), ("down", down)):
+        if projection:
+            factors[f"{name}_a"], factors[f"{name}_b"] = _join(projection, scaling, rank)
+    return ExpertsLora(**factors, scaling=scaling, dropout=dropouts.pop())
+
+
+def _join(terms: list[LoraTerm], scaling: float, rank: int) -> tuple[Tensor, Tensor]:
+    a_list = [_kernel_dtype(term.a) for term in terms]
+    b_list = [_kernel_dtype(term.b) for term in terms]
+    b_list = [b if t.scaling == scaling else b * (t.scaling / scaling) for b, t in zip(b_list, terms, strict=True)]
+    if len({a.dtype for a in a_list}) > 1:
+        a_list, b_list = [a.float() for a in a_list], [b.float() for b in b_list]
+    a = a_list[0] if len(a_list) == 1 else torch.cat(a_list, dim=1)
+    b = b_list[0] if len(b_list) == 1 else torch.cat(b_list, dim=2)
+    missing = rank - a.shape[1]
+    if missing:
+        a = nn.functional.pad(a, (0, 0, 0, missing))
+        b = nn.functional.pad(b, (0, missing))
+    return a, b
+
+
+def _kernel_dtype(factor: Tensor) -> Tensor:
+    """The kernels take fp32 and bf16 factors."""
+    return factor if factor.dtype in (torch.float32, torch.bfloat16) else factor.float()
