@@ -102,9 +102,9 @@ def split_fused(
 ) -> tuple[Tensor, Tensor]:
     """PEFT's ``target_parameters`` factors of a (E, outputs, inputs) parameter -> A (E, R, inputs), B (E, outputs, R).
 
-    PEFT computes delta[e] = P[e] Q[e] with lora_A (E*R, x) read as (E, R, x) and lora_B (y, R*E) read as (y, R, E). PEFT
-    0.18 pairs x = outputs, y = inputs (it takes the parameter's first matrix dimension for the input); later versions
-    pair x = inputs, y = outputs. The shapes tell, unless inputs == outputs.
+    lora_A (E*R, x) is read as (E, R, x) and lora_B (y, R*E) as (y, R, E). PEFT 0.18 pairs x = outputs with y = inputs
+    (it takes the parameter's first matrix dimension for the input); later versions pair x = inputs with y = outputs.
+    The shapes tell, unless inputs == outputs.
     """
     x, y = lora_a.shape[1], lora_b.shape[0]
     if inputs == outputs:

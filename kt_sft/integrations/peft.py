@@ -4,8 +4,8 @@
 
 - ``LoraModel._create_new_module``: a placeholder projection of ``KtExperts`` gets an ``ExpertsLinearLora``;
 - ``LoraModel.inject_adapter``: understands ``target_modules="all-linear"``, the name ``experts``, and adapters that
-  were trained with ``target_parameters``. Names such as ``gate_proj`` (Mixtral: ``w1``) need no help: they are the names
-  of the placeholders, so PEFT matches routed experts, shared experts and dense MLPs alike;
+  were trained with ``target_parameters``. Names such as ``gate_proj`` (Mixtral: ``w1``) need no help: they are the
+  names of the placeholders, so PEFT matches routed experts, shared experts and dense MLPs alike;
 - ``get_peft_model_state_dict`` / ``set_peft_model_state_dict``: files hold portable per-expert keys, and any layout of
   ``adapter_keys`` loads;
 - ``PeftModel.load_adapter``: an adapter of packed experts is read from safetensors only, never from a pickle.
@@ -86,45 +86,59 @@ def _wrap_inject(original: Any) -> Any:
 
 
 def _expand_targets(config: Any, model: nn.Module, names: list[str]) -> None:
-    """Rewrite targets that only make sense with packed experts into ones that stock PEFT on transformers 4 shares."""
+    """Rewrite the settings that name routed experts so that they mean the same here and on transformers 4."""
     from peft.tuners import tuners_utils
 
     _translate_parameters(config, model)
     if isinstance(config.target_modules, str) and config.target_modules.lower() == "all-linear":
         tuners_utils._maybe_include_all_linear_layers(config, model)
-        experts = tuple(f"{path}.{name}" for path, m in experts_modules(model).items() for name in m.names)
-        config.target_modules = {t for t in config.target_modules if t not in experts} | set(names)
-    elif isinstance(config.target_modules, (list, set, tuple)):
-        targets = set(config.target_modules)
-        inside = {t.rpartition(".")[2] for t in targets if re.fullmatch(r"(.*\.)?experts\.\w+", t)} & set(names)
-        if "experts" in targets or inside:
-            others = {t for t in targets if t != "experts" and t.rpartition(".")[2] not in inside or "." not in t}
-            others.discard("experts")
-            config.target_modules = _pattern(set(names) if "experts" in targets else inside, others)
+        experts = {f"{path}.{name}" for path, m in experts_modules(model).items() for name in m.names}
+        config.target_modules = (set(config.target_modules) - experts) | set(names)
+    config.target_modules = _rewrite_list(config.target_modules, names)
+    config.exclude_modules = _rewrite_list(config.exclude_modules, names)
+    for patterns in (config.rank_pattern, config.alpha_pattern):
+        for key in list(patterns):
+            pattern = _experts_pattern(key, names)
+            if pattern:
+                patterns[pattern] = patterns.pop(key)
 
 
-def _pattern(inside_experts: set[str], others: set[str]) -> str:
-    """A regular expression that matches the packed placeholder as well as transformers 4's per-expert Linear."""
-    choices = [rf"experts(?:\.\d+)?\.(?:{'|'.join(sorted(map(re.escape, inside_experts)))})"]
-    choices += sorted(map(re.escape, others))
-    return rf"(?:.*\.)?(?:{'|'.join(choices)})"
+def _rewrite_list(targets: Any, names: list[str]) -> Any:
+    """A list with entries such as ``experts`` or ``experts.gate_proj`` -> one regular expression; others unchanged."""
+    if not isinstance(targets, (list, set, tuple)):
+        return targets
+    patterns = {target: _experts_pattern(target, names) for target in targets}
+    if not any(patterns.values()):
+        return targets
+    return rf"(?:.*\.)?(?:{'|'.join(sorted(pattern or re.escape(target) for target, pattern in patterns.items()))})"
+
+
+def _experts_pattern(target: str, names: list[str]) -> str | None:
+    """``[...mlp.]experts[.3][.gate_proj]`` -> a pattern for the placeholders and for per-expert Linears; else None.
+
+    The parent block may be named otherwise in transformers 4 (Mixtral), so its name is left open.
+    """
+    match = re.fullmatch(r"(?:(?:(?P<head>.*)\.)?\w+\.)?experts(?:\.\d+)?(?:\.(?P<name>\w+))?", target)
+    if match is None or match["name"] not in (None, *names):
+        return None
+    head = re.escape(match["head"]) + r"\.\w+\." if match["head"] else ""
+    return rf"{head}experts(?:\.\d+)?\.(?:{match['name'] or '|'.join(names)})"
 
 
 def _translate_parameters(config: Any, model: nn.Module) -> None:
     """``target_parameters: [mlp.experts.gate_up_proj, mlp.experts.down_proj]`` -> the same experts as modules."""
-    fused = {"gate_up_proj": ("gate", "up"), "down_proj": ("down",)}
+    roles = {"gate_up_proj": ("gate", "up"), "down_proj": ("down",)}
     parameters = set(config.target_parameters or ())
-    ours = {p for p in parameters if re.fullmatch(r"(.*\.)?experts\.(gate_up_proj|down_proj)", p)}
-    if not ours:
+    fused = {p for p in parameters if re.fullmatch(r"(.*\.)?experts\.(gate_up_proj|down_proj)", p)}
+    if not fused:
         return
-    first = next(iter(experts_modules(model).values()))
-    wanted = {getattr(first.names, role) for p in ours for role in fused[p.rpartition(".")[2]]}
-    config.target_parameters = sorted(parameters - ours) or None
+    names = next(iter(experts_modules(model).values())).names
+    experts = [f"experts.{getattr(names, role)}" for p in sorted(fused) for role in roles[p.rpartition(".")[2]]]
+    config.target_parameters = sorted(parameters - fused) or None
     if isinstance(config.target_modules, str):
-        experts = _pattern(wanted, set())
-        config.target_modules = f"(?:{config.target_modules})|(?:{experts})"
+        config.target_modules = rf"(?:{config.target_modules})|{_rewrite_list(experts, list(names))}"
     else:
-        config.target_modules = _pattern(wanted, set(config.target_modules or ()))
+        config.target_modules = {*(config.target_modules or ()), *experts}
 
 
 def _wrap_get(original: Any) -> Any:
@@ -137,8 +151,18 @@ def _wrap_get(original: Any) -> Any:
 
 def _wrap_set(original: Any) -> Any:
     @wraps(original)
-    def set_peft_model_state_dict(model: nn.Module, peft_model_state_dict: dict[str, Any], *args: Any, **kw: Any) -> Any:
-        return original(model, from_files(peft_model_state_dict, model), *args, **kw)
+    def set_peft_model_state_dict(
+        model: nn.Module, peft_model_state_dict: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> Any:
+        result = original(model, from_files(peft_model_state_dict, model), *args, **kwargs)
+        paths = tuple(f"{path}." for path in experts_modules(model))
+        unused = [key for key in result.unexpected_keys if paths and key.startswith(paths)]
+        if unused:
+            raise ValueError(
+                f"adapter: expected factors for the targeted experts only, got {unused[0]} and {len(unused) - 1} more "
+                "without a layer; add these projections to target_modules in adapter_config.json"
+            )
+        return result
 
     return set_peft_model_state_dict
 
@@ -147,12 +171,12 @@ def _wrap_load(original: Any) -> Any:
     @wraps(original)
     def load_adapter(self: Any, model_id: Any, *args: Any, **kwargs: Any) -> Any:
         folder = os.path.join(os.fspath(model_id), kwargs.get("subfolder") or "")
-        if os.path.isdir(folder) and experts_modules(self):
-            if not os.path.exists(os.path.join(folder, "adapter_model.safetensors")):
-                raise ValueError(
-                    f"adapter {folder}: expected adapter_model.safetensors, got {sorted(os.listdir(folder))[:5]}; "
-                    "pickled adapters are not loaded, convert the file to safetensors"
-                )
+        files = sorted(os.listdir(folder)) if os.path.isdir(folder) else ["adapter_model.safetensors"]
+        if "adapter_model.safetensors" not in files and experts_modules(self):
+            raise ValueError(
+                f"adapter {folder}: expected adapter_model.safetensors, got {files[:5]}; "
+                "pickled adapters are not loaded, convert the file to safetensors"
+            )
         return original(self, model_id, *args, **kwargs)
 
     return load_adapter

@@ -20,7 +20,6 @@ from dataclasses import fields, replace
 from types import MethodType
 from typing import Any, NoReturn
 
-import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
@@ -35,12 +34,14 @@ from .spec import MoeSpec, describe_fused, describe_list, is_fused
 
 logger = logging.getLogger(__name__)
 
+Path = str | os.PathLike[str]
 
-def from_pretrained(path: str | os.PathLike[str], *, config: KtConfig | dict[str, Any] | None = None, **options: Any) -> Any:
+
+def from_pretrained(path: Path, *, config: KtConfig | dict[str, Any] | None = None, **options: Any) -> Any:
     """``AutoModelForCausalLM.from_pretrained`` with the routed experts packed on the CPU.
 
-    ``options`` that are fields of ``KtConfig`` (``weight_format="int4"``, ``activation_policy="recompute"`` ...) override
-    ``config``; the others go to transformers (``device_map``, ``dtype``; dtype defaults to the checkpoint's).
+    ``options`` that are fields of ``KtConfig`` (``weight_format="int4"``, ``activation_policy="recompute"`` ...)
+    override ``config``; the others go to transformers (``device_map``, ``dtype``; dtype defaults to the checkpoint's).
     """
     from transformers import AutoModelForCausalLM
 
@@ -59,7 +60,7 @@ def as_config(config: KtConfig | dict[str, Any] | None) -> KtConfig:
 
 
 @contextmanager
-def experts_on_cpu(model_dir: str | os.PathLike[str], config: KtConfig, *, revision: str | None = None) -> Iterator[None]:
+def experts_on_cpu(model_dir: Path, config: KtConfig, *, revision: str | None = None) -> Iterator[None]:
     """Inside, ``AutoModel*.from_pretrained`` builds and fills packed experts from the checkpoint ``model_dir``.
 
     A model without supported experts raises ValueError. The context patches ``PreTrainedModel`` and is meant for one
@@ -117,7 +118,8 @@ def swap_experts(model: nn.Module, activation_policy: str) -> list[tuple[str, nn
         elif isinstance(module, nn.ModuleList) and leaf == "experts" and len(module):
             block = model.get_submodule(parent_path)
             methods.append((block, *blocks_v4.adapted_method(block, parent_path)))
-            found.append((path, module, replace(describe_list(module, path), block_name=parent_path.rpartition(".")[2])))
+            spec = describe_list(module, path)
+            found.append((path, module, replace(spec, block_name=parent_path.rpartition(".")[2])))
     for block, name, method in methods:
         setattr(block, name, method)
     swapped = []
@@ -136,7 +138,7 @@ def swap_experts(model: nn.Module, activation_policy: str) -> list[tuple[str, nn
     return swapped
 
 
-def fill_experts(model: Any, model_dir: str | os.PathLike[str], config: KtConfig, *, revision: str | None = None) -> None:
+def fill_experts(model: Any, model_dir: Path, config: KtConfig, *, revision: str | None = None) -> None:
     """Load and pack the experts of every empty ``KtExperts`` in the model from the checkpoint."""
     layers = {path: m for path, m in model.named_modules() if isinstance(m, KtExperts)}
     if not layers:
@@ -211,7 +213,7 @@ def _no_experts(model: Any) -> ValueError:
     )
 
 
-def _local(model_dir: str | os.PathLike[str], revision: str | None) -> str:
+def _local(model_dir: Path, revision: str | None) -> str:
     """The local folder of a checkpoint; a hub id is resolved through the hub's cache."""
     if os.path.isdir(model_dir):
         return os.fspath(model_dir)

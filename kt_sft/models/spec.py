@@ -42,8 +42,8 @@ def unsupported(where: str, found: str) -> ValueError:
 
 def is_fused(module: nn.Module) -> bool:
     """Whether the module holds the experts of a layer as 3-D parameters."""
-    parameters = dict(module.named_parameters(recurse=False))
-    return any(name.startswith(("gate_up_proj", "up_proj", "down_proj")) and p.ndim == 3 for name, p in parameters.items())
+    names = ("gate_up_proj", "up_proj", "down_proj")
+    return any(p.ndim == 3 and name.startswith(names) for name, p in module.named_parameters(recurse=False))
 
 
 def describe_fused(module: nn.Module, where: str) -> MoeSpec:

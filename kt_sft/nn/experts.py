@@ -148,7 +148,7 @@ class KtExperts(nn.Module):
             top_k_weights,
             self.packed,
             self._lora(),
-            activation_policy=self.activation_policy,  # type: ignore[arg-type]
+            activation_policy=self.activation_policy,
         )
         return out_TD.view(hidden_states.shape)
 
@@ -165,7 +165,7 @@ class KtExperts(nn.Module):
 
 
 def combine_lora(gate: list[LoraTerm], up: list[LoraTerm], down: list[LoraTerm]) -> ExpertsLora | None:
-    """Fold the active adapters of the three projections into one: factors joined along R, zero-padded to one rank.
+    """Fold the active adapters of the three projections into one: per projection, factors joined along R.
 
     ``sum_i s_i B_i A_i = s [s_1/s B_1, s_2/s B_2, ...] [A_1; A_2; ...]`` with one s for the layer.
     """
@@ -179,29 +179,17 @@ def combine_lora(gate: list[LoraTerm], up: list[LoraTerm], down: list[LoraTerm])
             "give the adapters that train together the same lora_dropout"
         )
     scaling = terms[0].scaling if len({term.scaling for term in terms}) == 1 else 1.0
-    rank = max(sum(term.a.shape[1] for term in projection) for projection in (gate, up, down))
     factors: dict[str, Tensor] = {}
     for name, projection in (("gate", gate), ("up", up), ("down", down)):
         if projection:
-            factors[f"{name}_a"], factors[f"{name}_b"] = _join(projection, scaling, rank)
+            factors[f"{name}_a"], factors[f"{name}_b"] = _join(projection, scaling)
     return ExpertsLora(**factors, scaling=scaling, dropout=dropouts.pop())
 
 
-def _join(terms: list[LoraTerm], scaling: float, rank: int) -> tuple[Tensor, Tensor]:
-    a_list = [_kernel_dtype(term.a) for term in terms]
-    b_list = [_kernel_dtype(term.b) for term in terms]
-    b_list = [b if t.scaling == scaling else b * (t.scaling / scaling) for b, t in zip(b_list, terms, strict=True)]
-    if len({a.dtype for a in a_list}) > 1:
-        a_list, b_list = [a.float() for a in a_list], [b.float() for b in b_list]
-    a = a_list[0] if len(a_list) == 1 else torch.cat(a_list, dim=1)
-    b = b_list[0] if len(b_list) == 1 else torch.cat(b_list, dim=2)
-    missing = rank - a.shape[1]
-    if missing:
-        a = nn.functional.pad(a, (0, 0, 0, missing))
-        b = nn.functional.pad(b, (0, missing))
+def _join(terms: list[LoraTerm], scaling: float) -> tuple[Tensor, Tensor]:
+    if len(terms) == 1 and terms[0].scaling == scaling:
+        return terms[0].a, terms[0].b
+    dtype = terms[0].a.dtype
+    a = torch.cat([term.a.to(dtype) for term in terms], dim=1)
+    b = torch.cat([(term.b * (term.scaling / scaling)).to(dtype) for term in terms], dim=2)
     return a, b
-
-
-def _kernel_dtype(factor: Tensor) -> Tensor:
-    """The kernels take fp32 and bf16 factors."""
-    return factor if factor.dtype in (torch.float32, torch.bfloat16) else factor.float()

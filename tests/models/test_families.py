@@ -1,0 +1,151 @@
+"""Every family with packed experts against the unmodified Hugging Face model of the same checkpoint.
+
+The oracle of LoRA is the dense model with W + scaling * B A in place of W, differentiated by autograd.
+Tolerances are those of bf16 products: logits 1e-2, every LoRA gradient by name 2e-2 (RMS of the error over RMS).
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import pytest
+import torch
+from kt_sft.config import KtConfig
+from peft import LoraConfig, get_peft_model
+from torch.func import functional_call
+from transformers import AutoModelForCausalLM
+
+from kt_sft.integrations import peft as kt_peft
+from kt_sft.models.convert import convert_model, from_pretrained
+from kt_sft.nn.experts import KtExperts
+from tests.families import FAMILIES, rms_ratio, save_checkpoint, tiny_model, token_ids
+
+BF16 = KtConfig(weight_format="bf16")
+ATTENTION = ["q_proj", "o_proj", "kv_b_proj"]
+
+
+@pytest.fixture(scope="module", params=list(FAMILIES))
+def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    folder = save_checkpoint(tiny_model(request.param), tmp_path_factory.mktemp(request.param))
+    reference = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    return request.param, folder, reference
+
+
+def load(folder: Any) -> Any:
+    return from_pretrained(folder, config=BF16, dtype=torch.float32).eval()
+
+
+def experts_of(model: Any) -> list[KtExperts]:
+    return [m for m in model.modules() if isinstance(m, KtExperts)]
+
+
+def test_logits(family: Any) -> None:
+    name, folder, reference = family
+    model = load(folder)
+    assert len(experts_of(model)) == (1 if "first_k_dense_replace" in FAMILIES[name][1] else 2)
+    with torch.no_grad():
+        assert rms_ratio(model(token_ids()).logits, reference(token_ids()).logits) < 1e-2
+
+
+def test_holds_no_expert_parameter_and_loads_quietly(family: Any, caplog: Any, capsys: Any) -> None:
+    _, folder, reference = family
+    model = load(folder)
+    kept = set(model.state_dict())
+    routed = {k for k in reference.state_dict() if re.search(r"\.experts\.", k)}
+    assert routed and kept == set(reference.state_dict()) - routed
+    assert "UNEXPECTED" not in caplog.text + capsys.readouterr().err
+    assert "not used when initializing" not in caplog.text
+
+
+def test_convert_model_equals_from_pretrained(family: Any) -> None:
+    _, folder, _ = family
+    converted = convert_model(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval(), BF16)
+    for ours, theirs in zip(experts_of(converted), experts_of(load(folder)), strict=True):
+        assert torch.equal(ours.packed.storage, theirs.packed.storage)
+        assert (ours.names, ours.block_name) == (theirs.names, theirs.block_name)
+    with torch.no_grad():
+        assert torch.equal(converted(token_ids()).logits, load(folder)(token_ids()).logits)
+
+
+def with_lora(model: Any, **options: Any) -> Any:
+    kt_peft.install()
+    targets = [*ATTENTION, *kt_peft.expert_target_names(model)]
+    config = LoraConfig(r=4, lora_alpha=8, target_modules=targets, init_lora_weights=False, **options)
+    torch.manual_seed(5)  # no routing near-tie that bf16 products would flip
+    return get_peft_model(model, config)
+
+
+def dense_weights(tuned: Any, reference: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The reference's parameters with W + s B A, and the leaves: copies of the LoRA factors under tuned's names."""
+    leaves = {n: p.detach().clone().requires_grad_() for n, p in tuned.named_parameters() if p.requires_grad}
+    weights = {name: p.detach() for name, p in reference.named_parameters()}
+    scaling = 8 / 4
+    for name, a in leaves.items():
+        if ".lora_A." not in name:
+            continue
+        b = leaves[name.replace("lora_A", "lora_B")]
+        path = name.split(".lora_A.")[0].removeprefix("base_model.model.")
+        if ".experts." not in path:
+            weights[f"{path}.weight"] = weights[f"{path}.weight"] + scaling * b @ a
+            continue
+        base, projection = path.rsplit(".", 1)
+        delta = scaling * torch.einsum("eor,eri->eoi", b, a)
+        if f"{base}.down_proj" in weights:  # fused, transformers 5
+            part = {"up_proj": 1, "w3": 1}.get(projection, 0)
+            key = f"{base}.down_proj" if projection in ("down_proj", "w2") else f"{base}.gate_up_proj"
+            zero = torch.zeros_like(delta)
+            halves = [delta, zero] if part == 0 else [zero, delta]
+            weights[key] = weights[key] + (delta if key.endswith("down_proj") else torch.cat(halves, dim=1))
+        else:
+            for e in range(delta.shape[0]):
+                weights[f"{base}.{e}.{projection}.weight"] = weights[f"{base}.{e}.{projection}.weight"] + delta[e]
+    return weights, leaves
+
+
+def loss_of(logits: torch.Tensor) -> torch.Tensor:
+    return torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), token_ids()[:, 1:].flatten())
+
+
+@pytest.mark.parametrize("policy", ["retain", "recompute"])
+def test_lora_gradients_by_name(family: Any, policy: str) -> None:
+    _, folder, reference = family
+    model = from_pretrained(folder, config=BF16, activation_policy=policy, dtype=torch.float32)
+    tuned = with_lora(model).eval()
+    weights, leaves = dense_weights(tuned, reference)
+    expected = functional_call(reference, weights, (token_ids(),)).logits
+    loss_of(expected).backward()
+    got = tuned(token_ids()).logits
+    loss_of(got).backward()
+    assert rms_ratio(got.detach(), expected.detach()) < 1e-2
+    gradients = {n: p.grad for n, p in tuned.named_parameters() if p.requires_grad}
+    errors = {n: rms_ratio(g, leaves[n].grad) for n, g in gradients.items()}
+    assert sum(".experts." in n for n in errors) == 6 * len(experts_of(model))
+    assert {n: e for n, e in errors.items() if e > 2e-2} == {}
+
+
+def test_gradient_checkpointing_changes_nothing(family: Any) -> None:
+    _, folder, _ = family
+    gradients = []
+    for options in (None, {"use_reentrant": True}, {"use_reentrant": False}):
+        tuned = with_lora(load(folder), lora_dropout=0.1).train()
+        if options is not None:
+            tuned.enable_input_require_grads()
+            tuned.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
+        torch.manual_seed(11)
+        loss_of(tuned(token_ids(), use_cache=False).logits).backward()
+        gradients.append({n: p.grad for n, p in tuned.named_parameters() if p.requires_grad})
+    for other in gradients[1:]:
+        assert all(torch.equal(other[name], gradients[0][name]) for name in gradients[0])
+
+
+def test_generate_and_autocast(family: Any) -> None:
+    _, folder, reference = family
+    model = load(folder)
+    with torch.no_grad():
+        short, long = model(token_ids()[:, :-1]).logits, model(token_ids()).logits
+        assert rms_ratio(short, long[:, :-1]) < 1e-2
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert rms_ratio(model(token_ids()).logits, reference(token_ids()).logits) < 5e-2
+    output = model.generate(token_ids(), max_new_tokens=4, min_new_tokens=4, do_sample=False)
+    assert output.shape == (2, token_ids().shape[1] + 4)
