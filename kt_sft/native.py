@@ -40,6 +40,7 @@ set_workspace_poison = _C.set_workspace_poison
 sort_by_expert = _C.sort_by_expert
 pack = _C.pack
 unpack = _C.unpack
+product = _C.product
 forward = _C.forward
 backward = _C.backward
 

@@ -13,6 +13,7 @@
 #include "kernels/kernel_table.h"
 #include "kernels/pack.h"
 #include "moe/experts.h"
+#include "moe/product.h"
 
 namespace py = pybind11;
 
@@ -108,6 +109,18 @@ void unpack(const py::object& storage, int experts, int hidden, int intermediate
   uint16_t* data = tensor<uint16_t>(out, "out", {kBf16}, {m.rows, m.cols});
   py::gil_scoped_release release;
   unpack_matrix(m, data);
+}
+
+void product(const py::object& storage, int experts, int hidden, int intermediate, const std::string& format, int group_size,
+             int expert, int projection, bool transposed, const py::object& act, const py::object& out) {
+  const ExpertWeights w = expert_weights(storage, experts, hidden, intermediate, format, group_size);
+  const PackedMatrix m = checked_matrix(w, expert, projection);
+  const auto shape = act.attr("shape").cast<std::vector<int64_t>>();
+  KT_CHECK(shape.size() == 2, "act: expected two dimensions, got ", dims(shape));
+  const uint16_t* act_data = tensor<uint16_t>(act, "act", {kBf16}, {shape[0], transposed ? m.rows : m.cols});
+  float* out_data = tensor<float>(out, "out", {kF32}, {shape[0], transposed ? m.cols : m.rows});
+  py::gil_scoped_release release;
+  packed_product(m, transposed ? Side::right : Side::left, act_data, shape[0], out_data);
 }
 
 LoraFactors lora_factors(const py::dict& lora, const char* name, int experts, int in, int out) {
@@ -229,6 +242,7 @@ PYBIND11_MODULE(_C, m) {
   });
   m.def("pack", pack);
   m.def("unpack", unpack);
+  m.def("product", product, "out = act W^T, or act W if transposed; W is one projection of one expert");
   m.def("forward", forward);
   m.def("backward", backward);
 }

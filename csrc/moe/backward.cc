@@ -222,13 +222,13 @@ struct Backward {
     g.grad = (of_a ? f.grad_a : f.grad_b) + int64_t{s.expert} * f.rank * width;
     g.small = of_a ? small_b[p] : (p == kDown ? small_ha : gate_up.xa[p]);
     g.small += row * f.rank;
+    const int32_t* tokens = plan.token + s.row0;
     if (p == kDown) {
-      g.big = of_a ? DenseView{h_rows + row * F, false, 1, F} : DenseView{grads.grad_out, false, 1, D};
+      g.big = of_a ? DenseView{h_rows + row * F, false, 1, F} : DenseView{grads.grad_out, false, 1, D, nullptr, tokens};
     } else {
       const uint16_t* x = plan.call.lora.x != nullptr ? plan.call.lora.x : plan.call.x;
-      g.big = of_a ? DenseView{x, false, 1, D} : DenseView{dgate_up_rows[p] + row * F, false, 1, F};
+      g.big = of_a ? DenseView{x, false, 1, D, nullptr, tokens} : DenseView{dgate_up_rows[p] + row * F, false, 1, F};
     }
-    if (width == D) g.big.qidx = plan.token + s.row0;
     return g;
   }
 
