@@ -71,6 +71,28 @@ def _patch_after_exec(spec: ModuleSpec) -> None:
     loader.exec_module = exec_and_patch  # type: ignore[method-assign]
 
 
+class _UnfinishedSpec(ModuleSpec):
+    """The spec of a module whose body is running: it patches the module when importlib marks it as initialised.
+
+    Needed when that very body is the first to import torch, as llamafactory.train.tuner's is in ``src/train.py``.
+    """
+
+    def __setattr__(self, name: str, value: object) -> None:
+        super().__setattr__(name, value)
+        module = sys.modules.get(self.name)
+        if name == "_initializing" and not value and module is not None:
+            _apply(module)
+
+
+def _patch_imported(module: ModuleType) -> None:
+    """Patch a module that was found in ``sys.modules``, now or as soon as its body has run."""
+    spec = module.__spec__
+    if spec is not None and getattr(spec, "_initializing", False):
+        spec.__class__ = _UnfinishedSpec
+    else:
+        _apply(module)
+
+
 def _apply(module: ModuleType) -> None:
     """Run the patch of ``module`` once; keep the error instead of breaking the import."""
     name = module.__name__
@@ -89,21 +111,19 @@ def install() -> None:
     """Install the hooks; a second call changes nothing.
 
     Modules of :data:`PATCHES` that are already there are patched in place. That reaches every use through the
-    module itself; LLaMA-Factory's own copies (``from .loader import load_model``) are reached only when this is
-    called before it is imported.
+    module itself; copies (``from .loader import load_model``) are reached only when this comes first.
 
     Raises:
         RuntimeError: llamafactory's loader was imported before the hooks were installed.
     """
     if any(isinstance(finder, PatchFinder) for finder in sys.meta_path):
         return
-    loader = sys.modules.get("llamafactory.model.loader")
-    if loader is not None and not getattr(loader, _MARK, False):
+    if "llamafactory.model.loader" in sys.modules:
         raise RuntimeError("kt_sft must be installed before llamafactory is imported; call it first in your script.")
     sys.meta_path.insert(0, PatchFinder())
     for name in PATCHES:
         if name in sys.modules:
-            _apply(sys.modules[name])
+            _patch_imported(sys.modules[name])
 
 
 def autoload() -> None:

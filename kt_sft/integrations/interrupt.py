@@ -1,23 +1,29 @@
 """Ctrl-C and the end of input in LLaMA-Factory's commands: one line and exit status 130, no traceback, no abort.
 
-A chat generates in a daemon thread. Leaving the interpreter while that thread runs a kernel may abort the process,
-so an interrupted chat first asks ``generate`` to stop after the current token and waits for it.
+A ChatModel runs its event loop and ``generate`` in daemon threads. A daemon thread that still runs native code while
+the interpreter shuts down can abort the process (it is unwound through C++ frames that must not throw). So whoever
+leaves stops the loop, asks ``generate`` to end after the current token and waits for both: an interrupted chat at
+once, every other process at exit.
 """
 
 from __future__ import annotations
 
+import atexit
 import functools
+import os
 import sys
 import threading
+import weakref
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
 INTERRUPTED = 128 + 2  # what a shell reports for SIGINT
-_WAIT_S = 30.0
+_WAIT_S = 10.0
 
 _stop = threading.Event()
-_generating = threading.Lock()
+_chat_models: weakref.WeakSet[Any] = weakref.WeakSet()
+_threads: weakref.WeakSet[threading.Thread] = weakref.WeakSet()
 
 
 def ending_cleanly(function: Callable, what: str, hint: str = "") -> Callable:
@@ -40,7 +46,16 @@ def patch_launcher(launcher: ModuleType) -> None:
 
 
 def patch_chat_model(chat_model: ModuleType) -> None:
-    """``run_chat`` ends at Ctrl-C and at the end of piped input."""
+    """``run_chat`` ends at Ctrl-C and at the end of piped input; every ChatModel can be stopped."""
+    atexit.register(stop_generation)
+    stock_init = chat_model.ChatModel.__init__
+
+    @functools.wraps(stock_init)
+    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
+        stock_init(self, *args, **kwargs)
+        _chat_models.add(self)
+
+    chat_model.ChatModel.__init__ = __init__
     stock_run_chat = chat_model.run_chat
 
     @functools.wraps(stock_run_chat)
@@ -51,17 +66,26 @@ def patch_chat_model(chat_model: ModuleType) -> None:
             sys.stdout.write("\n")
         except KeyboardInterrupt:
             sys.stderr.write("\nChat interrupted.\n")
-            stop_generation()
+            if not stop_generation():  # a long prompt is still being read
+                sys.stdout.flush()
+                os._exit(INTERRUPTED)
             sys.exit(INTERRUPTED)
 
     chat_model.run_chat = run_chat
 
 
-def stop_generation() -> None:
-    """Ask the running ``generate`` to stop and wait until it has left the kernels."""
+def stop_generation() -> bool:
+    """Stop every ChatModel's loop and ``generate``; True when their daemon threads have ended."""
     _stop.set()
-    if _generating.acquire(timeout=_WAIT_S):
-        _generating.release()
+    loops = [model._thread for model in list(_chat_models)]
+    for model in list(_chat_models):
+        model._loop.call_soon_threadsafe(model._loop.stop)
+    for thread in loops:
+        thread.join(_WAIT_S)
+    generating = list(_threads)  # after the loops have ended: none of them starts another one
+    for thread in generating:
+        thread.join(_WAIT_S)
+    return not any(thread.is_alive() for thread in loops + generating)
 
 
 def patch_hf_engine(hf_engine: ModuleType) -> None:
@@ -83,8 +107,9 @@ def _stoppable(generate: Callable) -> Callable:
 
         criteria = kwargs.pop("stopping_criteria", None) or StoppingCriteriaList()
         criteria.append(_stop_requested)
-        with _generating:
-            return generate(*args, stopping_criteria=criteria, **kwargs)
+        if threading.current_thread().daemon:
+            _threads.add(threading.current_thread())
+        return generate(*args, stopping_criteria=criteria, **kwargs)
 
     return run
 

@@ -96,7 +96,9 @@ class Workspace:
         return result
 
     def train(self, output: str, ok: bool = True, **changes: Any) -> subprocess.CompletedProcess[str]:
-        return self.run("llamafactory-cli", "train", self.write(f"{output}.yaml", self.training(output, **changes)), ok=ok)
+        return self.run(
+            "llamafactory-cli", "train", self.write(f"{output}.yaml", self.training(output, **changes)), ok=ok
+        )
 
     def drive(self, *jobs: dict[str, Any]) -> list[Any]:
         """Run several LLaMA-Factory jobs in one process; see driver.py."""

@@ -83,6 +83,28 @@ print(hasattr(launcher.launch, '__wrapped__'))
     assert output(code, fake) == "True"
 
 
+def test_a_module_whose_body_imports_torch_is_patched_at_its_end(fake: Path):
+    (fake / "llamafactory/launcher.py").write_text("import torch\ndef launch(): pass\n")
+    code = """
+from llamafactory.launcher import launch
+print(hasattr(launch, '__wrapped__'))
+"""
+    assert output(code, fake) == "True"
+
+
+def test_install_after_llamafactory_has_copied_the_loader(fake: Path):
+    code = """
+import sys, types
+sys.modules['llamafactory.model.loader'] = types.ModuleType('llamafactory.model.loader')
+from kt_sft.integrations import hooks
+try:
+    hooks.install()
+except RuntimeError as error:
+    print(error)
+"""
+    assert "before llamafactory is imported" in output(code, fake)
+
+
 def test_a_patch_that_does_not_fit_is_reported_when_kt_sft_is_wanted(fake: Path):
     (fake / "llamafactory/launcher.py").write_text("x = 1\n")
     code = """

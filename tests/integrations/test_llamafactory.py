@@ -93,7 +93,10 @@ def test_predict_with_generate(jobs, workspace):
 
 
 def test_eval_and_compute_accuracy(jobs, workspace):
-    results = [json.loads((workspace.folder / run / "eval_results.json").read_text()) for run in ("evaluated", "evaluated_base")]
+    results = [
+        json.loads((workspace.folder / run / "eval_results.json").read_text())
+        for run in ("evaluated", "evaluated_base")
+    ]
     assert all(0 <= result["eval_accuracy"] <= 1 for result in results)
     assert results[0]["eval_loss"] < results[1]["eval_loss"]
 
