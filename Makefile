@@ -1,0 +1,58 @@
+# Every target sets up .venv first (once); `make demo` or `make test` can be the first command on a fresh clone.
+PYTHON ?= python3
+VENV ?= .venv
+RUN := $(VENV)/bin/python
+export HF_HUB_OFFLINE = 1
+export TOKENIZERS_PARALLELISM = false
+PYTEST := $(RUN) -m pytest -q
+CXX_FILES = $(shell find csrc -name '*.h' -o -name '*.cc' -o -name '*.inc' 2>/dev/null)
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test test-all lint format bench build clean
+
+help:  ## this list
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 18
+
+setup:  ## create .venv and install everything
+	@VENV=$(VENV) $(PYTHON) scripts/setup_env.py
+
+setup-all:
+	@VENV=$(VENV) $(PYTHON) scripts/setup_env.py --overlays
+.PHONY: setup-all
+
+demo: setup  ## fine-tune a real small MoE on this machine and compare its answers
+	@$(RUN) -m scripts.demo.run
+
+test: setup-all lint-only  ## lint, types and tests, the families also on other transformers releases
+	@for overlay in .cache/overlays/transformers-*; do \
+	  echo "tests/models with $${overlay##*/}"; \
+	  PYTHONPATH=$$overlay $(PYTEST) -m "not slow" tests/models || exit 1; \
+	done
+	@$(PYTEST) -m "not slow" tests
+
+test-all: setup-all lint-only  ## the same with the slow tests
+	@$(PYTEST) tests
+
+lint: setup lint-only  ## ruff, clang-format and mypy
+
+lint-only:
+	@$(RUN) -m ruff check .
+	@$(RUN) -m ruff format --check .
+	@$(if $(CXX_FILES),$(VENV)/bin/clang-format --dry-run --Werror $(CXX_FILES),true)
+	@$(RUN) -m mypy
+.PHONY: lint-only
+
+format: setup  ## rewrite the sources in the house format
+	@$(RUN) -m ruff check --fix .
+	@$(RUN) -m ruff format .
+	@$(if $(CXX_FILES),$(VENV)/bin/clang-format -i $(CXX_FILES),true)
+
+bench: setup  ## time one MoE layer beside torch (shape A of Qwen3-30B-A3B)
+	@$(RUN) -m benchmarks.bench_experts
+
+build: setup  ## wheel in dist/
+	@PATH="$(abspath $(VENV))/bin:$$PATH" $(RUN) -m pip wheel --quiet --no-deps --no-build-isolation -w dist .
+	@ls dist/*.whl
+
+clean:  ## remove build results (keeps .venv and downloads)
+	@rm -rf build dist demo_output .pytest_cache .mypy_cache .ruff_cache

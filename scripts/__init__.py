@@ -1,0 +1,1 @@
+"""Set-up, demonstration and comparison programs; not part of the installed package."""
