@@ -5,6 +5,7 @@ Sizes: hidden 64, experts' intermediate 40 (no multiple of a tile, and 2F != D),
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -80,8 +81,12 @@ def tiny_model(family: str, seed: int = 0, dtype: torch.dtype = torch.float32, *
 
 
 def save_checkpoint(model: Any, folder: Path) -> Path:
-    """Write the model as its hub checkpoint: per-expert tensors in safetensors shards."""
+    """Write the model as its hub checkpoint: per-expert tensors in safetensors shards, config.json as on the hub."""
     model.save_pretrained(folder, max_shard_size="200KB")
+    config = json.loads((folder / "config.json").read_text())
+    if config["model_type"].startswith(("qwen", "olmoe")):  # transformers 5 writes num_local_experts
+        config["num_experts"] = config.pop("num_local_experts", config.get("num_experts"))
+    (folder / "config.json").write_text(json.dumps(config))
     return folder
 
 
@@ -94,3 +99,32 @@ def rms_ratio(got: torch.Tensor, expected: torch.Tensor) -> float:
     """RMS of the difference over RMS of the expected tensor."""
     error, scale = (got.float() - expected.float()).pow(2).mean().sqrt(), expected.float().pow(2).mean().sqrt()
     return float(error / scale)
+
+
+def dense_weights(tuned: Any, reference: Any, scaling: float = 2.0) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The oracle of LoRA: the reference's parameters with W + scaling * B A for every adapted W of ``tuned``.
+
+    Also returns the leaves: copies of the LoRA factors under tuned's names, to be differentiated.
+    """
+    leaves = {n: p.detach().clone().requires_grad_() for n, p in tuned.named_parameters() if p.requires_grad}
+    weights = {name: p.detach() for name, p in reference.named_parameters()}
+    for name, a in leaves.items():
+        if ".lora_A." not in name:
+            continue
+        b = leaves[name.replace("lora_A", "lora_B")]
+        path = name.split(".lora_A.")[0].removeprefix("base_model.model.")
+        if ".experts." not in path:
+            weights[f"{path}.weight"] = weights[f"{path}.weight"] + scaling * b @ a
+            continue
+        base, projection = path.rsplit(".", 1)
+        delta = scaling * torch.einsum("eor,eri->eoi", b, a)
+        if f"{base}.down_proj" in weights:  # fused, transformers 5
+            part = {"up_proj": 1, "w3": 1}.get(projection, 0)
+            key = f"{base}.down_proj" if projection in ("down_proj", "w2") else f"{base}.gate_up_proj"
+            zero = torch.zeros_like(delta)
+            halves = [delta, zero] if part == 0 else [zero, delta]
+            weights[key] = weights[key] + (delta if key.endswith("down_proj") else torch.cat(halves, dim=1))
+        else:
+            for e in range(delta.shape[0]):
+                weights[f"{base}.{e}.{projection}.weight"] = weights[f"{base}.{e}.{projection}.weight"] + delta[e]
+    return weights, leaves

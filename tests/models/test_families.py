@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM
 from kt_sft.integrations import peft as kt_peft
 from kt_sft.models.convert import convert_model, from_pretrained
 from kt_sft.nn.experts import KtExperts
-from tests.families import FAMILIES, rms_ratio, save_checkpoint, tiny_model, token_ids
+from tests.families import FAMILIES, dense_weights, rms_ratio, save_checkpoint, tiny_model, token_ids
 
 BF16 = KtConfig(weight_format="bf16")
 ATTENTION = ["q_proj", "o_proj", "kv_b_proj"]
@@ -74,33 +74,6 @@ def with_lora(model: Any, **options: Any) -> Any:
     config = LoraConfig(r=4, lora_alpha=8, target_modules=targets, init_lora_weights=False, **options)
     torch.manual_seed(5)  # no routing near-tie that bf16 products would flip
     return get_peft_model(model, config)
-
-
-def dense_weights(tuned: Any, reference: Any) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The reference's parameters with W + s B A, and the leaves: copies of the LoRA factors under tuned's names."""
-    leaves = {n: p.detach().clone().requires_grad_() for n, p in tuned.named_parameters() if p.requires_grad}
-    weights = {name: p.detach() for name, p in reference.named_parameters()}
-    scaling = 8 / 4
-    for name, a in leaves.items():
-        if ".lora_A." not in name:
-            continue
-        b = leaves[name.replace("lora_A", "lora_B")]
-        path = name.split(".lora_A.")[0].removeprefix("base_model.model.")
-        if ".experts." not in path:
-            weights[f"{path}.weight"] = weights[f"{path}.weight"] + scaling * b @ a
-            continue
-        base, projection = path.rsplit(".", 1)
-        delta = scaling * torch.einsum("eor,eri->eoi", b, a)
-        if f"{base}.down_proj" in weights:  # fused, transformers 5
-            part = {"up_proj": 1, "w3": 1}.get(projection, 0)
-            key = f"{base}.down_proj" if projection in ("down_proj", "w2") else f"{base}.gate_up_proj"
-            zero = torch.zeros_like(delta)
-            halves = [delta, zero] if part == 0 else [zero, delta]
-            weights[key] = weights[key] + (delta if key.endswith("down_proj") else torch.cat(halves, dim=1))
-        else:
-            for e in range(delta.shape[0]):
-                weights[f"{base}.{e}.{projection}.weight"] = weights[f"{base}.{e}.{projection}.weight"] + delta[e]
-    return weights, leaves
 
 
 def loss_of(logits: torch.Tensor) -> torch.Tensor:
