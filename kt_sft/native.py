@@ -35,6 +35,7 @@ formats = _C.formats
 num_threads = _C.num_threads
 set_num_threads = _C.set_num_threads
 packed_bytes = _C.packed_bytes
+peak_flops = _C.peak_flops
 workspace_bytes = _C.workspace_bytes
 set_workspace_poison = _C.set_workspace_poison
 sort_by_expert = _C.sort_by_expert

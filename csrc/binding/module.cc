@@ -1,9 +1,9 @@
-// Python binding: reads torch tensors through data_ptr / shape / stride / dtype / device, checks every argument, releases
-// the GIL around the kernels. No libtorch.
+// Python binding: reads torch tensors through data_ptr / shape / stride / dtype / device, checks every argument,
+// releases the GIL around the kernels. No libtorch.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include <array>
+#include <chrono>
 #include <string>
 #include <vector>
 
@@ -42,9 +42,10 @@ std::string dims(const std::vector<int64_t>& shape) {
 
 // A contiguous CPU tensor of the given dtype and shape; -1 in `shape` is any size, written back.
 template <class T>
-T* tensor(const py::handle& value, const char* name, std::initializer_list<const char*> dtypes, std::vector<int64_t> shape,
-          std::string* dtype_out = nullptr) {
-  KT_CHECK(py::hasattr(value, "data_ptr"), name, ": expected a torch tensor, got ", py::str(py::type::of(value)).cast<std::string>());
+T* tensor(const py::handle& value, const char* name, std::initializer_list<const char*> dtypes,
+          std::vector<int64_t> shape, std::string* dtype_out = nullptr) {
+  KT_CHECK(py::hasattr(value, "data_ptr"), name, ": expected a torch tensor, got ",
+           py::str(py::type::of(value)).cast<std::string>());
   const std::string dtype = py::str(value.attr("dtype"));
   bool known = false;
   std::string expected;
@@ -53,8 +54,8 @@ T* tensor(const py::handle& value, const char* name, std::initializer_list<const
     expected += (expected.empty() ? "" : " or ") + std::string(d);
   }
   KT_CHECK(known, name, ": expected dtype ", expected, ", got ", dtype);
-  KT_CHECK(py::str(value.attr("device").attr("type")).cast<std::string>() == "cpu", name, ": expected a CPU tensor, got one on ",
-           py::str(value.attr("device")).cast<std::string>());
+  KT_CHECK(py::str(value.attr("device").attr("type")).cast<std::string>() == "cpu", name,
+           ": expected a CPU tensor, got one on ", py::str(value.attr("device")).cast<std::string>());
   const auto got = value.attr("shape").cast<std::vector<int64_t>>();
   KT_CHECK(got == shape, name, ": expected shape ", dims(shape), ", got ", dims(got));
   KT_CHECK(value.attr("is_contiguous")().cast<bool>(), name, ": expected a contiguous tensor; call .contiguous()");
@@ -68,16 +69,16 @@ constexpr const char* kI64 = "torch.int64";
 constexpr const char* kU8 = "torch.uint8";
 
 ExpertWeights expert_weights(int experts, int hidden, int intermediate, const std::string& format, int group_size) {
-  KT_CHECK(experts >= 1 && hidden >= 1 && intermediate >= 1, "experts: expected positive sizes, got E=", experts, " D=", hidden,
-           " F=", intermediate);
-  KT_CHECK(group_size >= 0 && group_size % kBlock == 0, "group_size: expected 0 (per channel) or a multiple of ", kBlock, ", got ",
-           group_size);
+  KT_CHECK(experts >= 1 && hidden >= 1 && intermediate >= 1, "experts: expected positive sizes, got E=", experts,
+           " D=", hidden, " F=", intermediate);
+  KT_CHECK(group_size >= 0 && group_size % kBlock == 0, "group_size: expected 0 (per channel) or a multiple of ",
+           kBlock, ", got ", group_size);
   return {experts, hidden, intermediate, parse_format(format), group_size, nullptr};
 }
 
 // The weights of a PackedExperts: its storage holds E * expert_bytes.
-ExpertWeights expert_weights(const py::object& storage, int experts, int hidden, int intermediate, const std::string& format,
-                             int group_size) {
+ExpertWeights expert_weights(const py::object& storage, int experts, int hidden, int intermediate,
+                             const std::string& format, int group_size) {
   ExpertWeights w = expert_weights(experts, hidden, intermediate, format, group_size);
   w.storage = tensor<uint8_t>(storage, "storage", {kU8}, {experts * w.expert_bytes()});
   KT_CHECK(reinterpret_cast<uintptr_t>(w.storage) % 16 == 0, "storage: expected 16-byte aligned memory");
@@ -90,8 +91,8 @@ PackedMatrix checked_matrix(const ExpertWeights& w, int expert, int projection) 
   return w.matrix(expert, static_cast<Projection>(projection));
 }
 
-void pack(const py::object& storage, int experts, int hidden, int intermediate, const std::string& format, int group_size,
-          int expert, int projection, const py::object& codes, const py::object& scales) {
+void pack(const py::object& storage, int experts, int hidden, int intermediate, const std::string& format,
+          int group_size, int expert, int projection, const py::object& codes, const py::object& scales) {
   const ExpertWeights w = expert_weights(storage, experts, hidden, intermediate, format, group_size);
   const PackedMatrix m = checked_matrix(w, expert, projection);
   const bool scaled = has_scales(m.format);
@@ -102,8 +103,8 @@ void pack(const py::object& storage, int experts, int hidden, int intermediate, 
   pack_matrix(m, code_data, scale_data);
 }
 
-void unpack(const py::object& storage, int experts, int hidden, int intermediate, const std::string& format, int group_size,
-            int expert, int projection, const py::object& out) {
+void unpack(const py::object& storage, int experts, int hidden, int intermediate, const std::string& format,
+            int group_size, int expert, int projection, const py::object& out) {
   const ExpertWeights w = expert_weights(storage, experts, hidden, intermediate, format, group_size);
   const PackedMatrix m = checked_matrix(w, expert, projection);
   uint16_t* data = tensor<uint16_t>(out, "out", {kBf16}, {m.rows, m.cols});
@@ -111,8 +112,9 @@ void unpack(const py::object& storage, int experts, int hidden, int intermediate
   unpack_matrix(m, data);
 }
 
-void product(const py::object& storage, int experts, int hidden, int intermediate, const std::string& format, int group_size,
-             int expert, int projection, bool transposed, const py::object& act, const py::object& out) {
+void product(const py::object& storage, int experts, int hidden, int intermediate, const std::string& format,
+             int group_size, int expert, int projection, bool transposed, const py::object& act,
+             const py::object& out) {
   const ExpertWeights w = expert_weights(storage, experts, hidden, intermediate, format, group_size);
   const PackedMatrix m = checked_matrix(w, expert, projection);
   const auto shape = act.attr("shape").cast<std::vector<int64_t>>();
@@ -130,7 +132,8 @@ LoraFactors lora_factors(const py::dict& lora, const char* name, int experts, in
   if (!lora.contains(a_name)) return f;
   const py::object a = lora[a_name.c_str()], b = lora[b_name.c_str()];
   const auto shape = a.attr("shape").cast<std::vector<int64_t>>();
-  KT_CHECK(shape.size() == 3 && shape[1] >= 1 && shape[1] <= 65536, a_name, ": expected shape (E, R, ", in, "), got ", dims(shape));
+  KT_CHECK(shape.size() == 3 && shape[1] >= 1 && shape[1] <= 65536, a_name, ": expected shape (E, R, ", in, "), got ",
+           dims(shape));
   f.rank = static_cast<int>(shape[1]);
   std::string dtype;
   f.a = tensor<void>(a, a_name.c_str(), {kBf16, kF32}, {experts, f.rank, in}, &dtype);
@@ -163,8 +166,8 @@ CallArgs layer_call(const ExpertWeights& w, const py::object& x, const py::objec
   c.ids = tensor<int64_t>(ids, "topk_ids", {kI64}, {T, K});
   c.weights = tensor<float>(weights, "topk_weights", {kF32}, {T, K});
   for (int64_t i = 0; i < T * K; ++i)
-    KT_CHECK(c.ids[i] >= 0 && c.ids[i] < w.num_experts, "topk_ids: expected expert ids 0 to ", w.num_experts - 1, ", got ", c.ids[i],
-             " for token ", i / K);
+    KT_CHECK(c.ids[i] >= 0 && c.ids[i] < w.num_experts, "topk_ids: expected expert ids 0 to ", w.num_experts - 1,
+             ", got ", c.ids[i], " for token ", i / K);
   c.lora.factors[kGate] = lora_factors(lora, "gate", w.num_experts, w.hidden, w.intermediate);
   c.lora.factors[kUp] = lora_factors(lora, "up", w.num_experts, w.hidden, w.intermediate);
   c.lora.factors[kDown] = lora_factors(lora, "down", w.num_experts, w.intermediate, w.hidden);
@@ -181,22 +184,22 @@ CallArgs layer_call(const ExpertWeights& w, const py::object& x, const py::objec
   return args;
 }
 
-void forward(const py::object& storage, int experts, int hidden, int intermediate, const std::string& format, int group_size,
-             const py::object& x, const py::object& ids, const py::object& weights, const py::dict& lora, const py::object& gate,
-             const py::object& up, const py::object& out) {
-  const CallArgs args = layer_call(expert_weights(storage, experts, hidden, intermediate, format, group_size), x, ids, weights,
-                                   lora, gate, up);
+void forward(const py::object& storage, int experts, int hidden, int intermediate, const std::string& format,
+             int group_size, const py::object& x, const py::object& ids, const py::object& weights,
+             const py::dict& lora, const py::object& gate, const py::object& up, const py::object& out) {
+  const CallArgs args = layer_call(expert_weights(storage, experts, hidden, intermediate, format, group_size), x, ids,
+                                   weights, lora, gate, up);
   float* out_data = tensor<float>(out, "out", {kF32}, {args.call.tokens, hidden});
   py::gil_scoped_release release;
   experts_forward(args.weights, args.call, out_data);
 }
 
-void backward(const py::object& storage, int experts, int hidden, int intermediate, const std::string& format, int group_size,
-              const py::object& x, const py::object& ids, const py::object& weights, const py::dict& lora, const py::object& gate,
-              const py::object& up, const py::object& grad_out, const py::object& grad_x, const py::object& grad_lora_x,
-              const py::object& grad_weights) {
-  const CallArgs args = layer_call(expert_weights(storage, experts, hidden, intermediate, format, group_size), x, ids, weights,
-                                   lora, gate, up);
+void backward(const py::object& storage, int experts, int hidden, int intermediate, const std::string& format,
+              int group_size, const py::object& x, const py::object& ids, const py::object& weights,
+              const py::dict& lora, const py::object& gate, const py::object& up, const py::object& grad_out,
+              const py::object& grad_x, const py::object& grad_lora_x, const py::object& grad_weights) {
+  const CallArgs args = layer_call(expert_weights(storage, experts, hidden, intermediate, format, group_size), x, ids,
+                                   weights, lora, gate, up);
   const int64_t T = args.call.tokens;
   LayerGrads g{};
   g.grad_out = tensor<uint16_t>(grad_out, "grad_out", {kBf16}, {T, hidden});
@@ -204,9 +207,23 @@ void backward(const py::object& storage, int experts, int hidden, int intermedia
   if (args.call.lora.x != nullptr) g.grad_lora_x = tensor<float>(grad_lora_x, "grad_lora_x", {kF32}, {T, hidden});
   g.grad_weights = tensor<float>(grad_weights, "grad_weights", {kF32}, {T, args.call.top_k});
   for (const LoraFactors& f : args.call.lora.factors)
-    KT_CHECK(f.rank == 0 || (f.grad_a != nullptr && f.grad_b != nullptr), "lora: backward needs grad_* buffers for every factor");
+    KT_CHECK(f.rank == 0 || (f.grad_a != nullptr && f.grad_b != nullptr),
+             "lora: backward needs grad_* buffers for every factor");
   py::gil_scoped_release release;
   experts_backward(args.weights, args.call, g);
+}
+
+// Floating-point operations per second of all threads on registers only.
+double peak_flops(int64_t iterations) {
+  py::gil_scoped_release release;
+  const int threads = num_threads();
+  std::vector<double> done(threads);
+  const auto start = std::chrono::steady_clock::now();
+  parallel_for(threads, [&](int64_t task, int) { done[task] = kernels().peak(iterations); });
+  const std::chrono::duration<double> seconds = std::chrono::steady_clock::now() - start;
+  double total = 0;
+  for (double d : done) total += d;
+  return total / seconds.count();
 }
 
 std::vector<std::string> isas() {
@@ -227,6 +244,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("formats", [] { return std::vector<std::string>(std::begin(kFormatNames), std::end(kFormatNames)); });
   m.def("num_threads", num_threads);
   m.def("set_num_threads", set_num_threads, py::arg("threads"));
+  m.def("peak_flops", peak_flops, py::arg("iterations"), "measured multiply-add rate of all threads, from registers");
   m.def("workspace_bytes", Workspace::capacity);
   m.def("set_workspace_poison", Workspace::set_poison, py::arg("on"));
   m.def("packed_bytes", [](int experts, int hidden, int intermediate, const std::string& format, int group_size) {

@@ -45,7 +45,8 @@ char* Workspace::take_bytes(size_t bytes) {
 
 void Workspace::reserve() {
   grow(used_);
-  if (poison) std::fill_n(reinterpret_cast<uint16_t*>(arena), arena_bytes / 2, uint16_t{0x7fc0});  // NaN as bf16 and fp32
+  if (poison)
+    std::fill_n(reinterpret_cast<uint16_t*>(arena), arena_bytes / 2, uint16_t{0x7fc0});  // NaN as bf16 and fp32
   base_ = arena, used_ = 0;
 }
 

@@ -1,5 +1,5 @@
-// One arena per process for everything a layer call needs besides its arguments: grown when a call needs more, shared by
-// all layers, on huge pages where the system has them. Calls take turns through its lock.
+// One arena per process for everything a layer call needs besides its arguments: grown when a call needs more, shared
+// by all layers, on huge pages where the system has them. Calls take turns through its lock.
 #pragma once
 #include <cstddef>
 #include <cstdint>

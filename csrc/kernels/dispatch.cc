@@ -21,7 +21,7 @@ namespace {
 struct Isa {
   const char* name;
   const KernelTable& (*table)();
-  bool CpuFeatures::*feature;
+  bool CpuFeatures::* feature;
   bool chosen;  // by default, not only on request
 };
 
@@ -42,7 +42,8 @@ const KernelTable* find(const char* name) {
   for (const Isa& isa : kIsas) {
     if (any ? !isa.chosen : std::strcmp(isa.name, name) != 0) continue;
     if (cpu_features().*isa.feature) return &isa.table();
-    KT_CHECK(any, "KT_SFT_ISA: this CPU (or its operating system) cannot run '", name, "'; it can run: ", runnable_names());
+    KT_CHECK(any, "KT_SFT_ISA: this CPU (or its operating system) cannot run '", name,
+             "'; it can run: ", runnable_names());
   }
   KT_CHECK(!any, "unsupported CPU: kt_sft needs AVX2 and FMA at least");
   std::string known;

@@ -3,7 +3,8 @@
 // Included inside the variant's namespace.
 #pragma once
 
-// exp(x) to 2e-7 relative near 0 and 1e-5 at |x| = 80: 2^n 2^f, n = round(x log2 e), Taylor series of 2^f on |f| <= 1/2.
+// exp(x) to 2e-7 relative near 0 and 1e-5 at |x| = 80: 2^n 2^f, n = round(x log2 e), Taylor series of 2^f on |f| <=
+// 1/2.
 inline float fast_exp(float x) {
   x = x > 88.0f ? 88.0f : x;
   x = x < -87.0f ? -87.0f : x;
@@ -46,8 +47,8 @@ inline void swiglu_hidden(const uint16_t* __restrict g, const uint16_t* __restri
   }
 }
 
-inline void swiglu_backward(const uint16_t* __restrict g, const uint16_t* __restrict u, const float* __restrict z, float w,
-                            int n, float* __restrict dg, float* __restrict du, float* __restrict dw_parts) {
+inline void swiglu_backward(const uint16_t* __restrict g, const uint16_t* __restrict u, const float* __restrict z,
+                            float w, int n, float* __restrict dg, float* __restrict du, float* __restrict dw_parts) {
   for (int i0 = 0; i0 < n; i0 += kBlock) {
     const int count = min_int(kBlock, n - i0);
     alignas(64) float product[kBlock] = {};

@@ -1,8 +1,8 @@
 // The register-blocked product of broadcast kernels (AVX512-BF16, AVX512, AVX2), over the multiply-add vocabulary Mac:
 //   C[i][j] += sum_q left[i][q] * right[q][j]   on tiles as panel.h defines them.
 // Mac gives: Elem, Acc (one register), kRows and kTiles (register block: kRows x kTiles * 16 columns), kVecs registers
-// per tile row, kSteps multiply-add steps per tile, load_right / broadcast_left / madd, load_acc / store_acc / zero_acc.
-// Included inside the variant's namespace.
+// per tile row, kSteps multiply-add steps per tile, load_right / broadcast_left / madd, load_acc / store_acc /
+// zero_acc. Included inside the variant's namespace.
 #pragma once
 
 // C tile (i, j) is at c + i * c_i + j * c_j, [16][16] floats.
@@ -14,12 +14,12 @@ struct BlockArgs {
   int64_t c_i, c_j;                   // floats
   int rows;                           // left rows that matter
   int right_tiles, q_tiles;
-  bool accumulate;                    // else C starts from zero
+  bool accumulate;  // else C starts from zero
 };
 
 template <class Mac, int Rows, int Tiles>
-inline void multiply_block(const typename Mac::Elem* left, const typename Mac::Elem* right, int64_t right_stride, float* c,
-                           int64_t c_j, int q_tiles, bool accumulate) {
+inline void multiply_block(const typename Mac::Elem* left, const typename Mac::Elem* right, int64_t right_stride,
+                           float* c, int64_t c_j, int q_tiles, bool accumulate) {
   constexpr int kV = Mac::kVecs;
   typename Mac::Acc acc[Rows][Tiles * kV];
 #pragma GCC unroll 8
@@ -46,7 +46,8 @@ inline void multiply_block(const typename Mac::Elem* left, const typename Mac::E
 #pragma GCC unroll 8
   for (int r = 0; r < Rows; ++r) {
 #pragma GCC unroll 4
-    for (int v = 0; v < Tiles * kV; ++v) Mac::store_acc(c + r * 16 + (v / kV) * c_j + (v % kV) * Mac::kLanes, acc[r][v]);
+    for (int v = 0; v < Tiles * kV; ++v)
+      Mac::store_acc(c + r * 16 + (v / kV) * c_j + (v % kV) * Mac::kLanes, acc[r][v]);
   }
 }
 
@@ -77,4 +78,26 @@ inline void multiply_tiles(const BlockArgs& g) {
       for (; row + 4 <= rows; row += 4) multiply_rows<Mac, 4>(g, tile, row);
     for (; row < rows; ++row) multiply_rows<Mac, 1>(g, tile, row);
   }
+}
+
+// Multiply-adds on registers only: what the unit can do. Returns the floating-point operations done.
+template <class Mac>
+inline double peak_of_registers(int64_t iterations) {
+  constexpr int kAcc = Mac::kRows * Mac::kTiles * Mac::kVecs;
+  alignas(64) typename Mac::Elem ones[kTileElems] = {};
+  alignas(64) float sink[16];
+  typename Mac::Acc acc[kAcc];
+  const auto a = Mac::broadcast_left(ones, 0);
+  const auto b = Mac::load_right(ones, 0, 0);
+#pragma GCC unroll 16
+  for (int i = 0; i < kAcc; ++i) acc[i] = Mac::zero_acc();
+  for (int64_t n = 0; n < iterations; ++n) {
+#pragma GCC unroll 16
+    for (int i = 0; i < kAcc; ++i) {
+      acc[i] = Mac::madd(acc[i], a, b);
+      __asm__ volatile("" : "+v"(acc[i]));  // or the loop is folded away
+    }
+  }
+  for (int i = 0; i < kAcc; ++i) Mac::store_acc(sink, acc[i]);
+  return 2.0 * kAcc * Mac::kLanes * (kTileSteps / Mac::kSteps) * static_cast<double>(iterations);
 }

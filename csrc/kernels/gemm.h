@@ -1,14 +1,14 @@
 // The one driver: batch-reduce product over packed or dense weights, and the packing of tiles.
 //   out[m][c] = sum_terms sum_q act[m][q] * W[c][q]
 // Loop order: reduction panels of kPanelTiles outermost, then strips of 32 weight columns, then activation tiles. A
-// decoded strip panel (16 KiB of bf16) stays in L1 for all rows; the activations of a panel and the accumulators stay in
-// L2 for all strips; the codes are read once.
-// Included inside the variant's namespace after Ops.
+// decoded strip panel (16 KiB of bf16) stays in L1 for all rows; the activations of a panel and the accumulators stay
+// in L2 for all strips; the codes are read once. Included inside the variant's namespace after Ops.
 #pragma once
 
 inline int min_int(int a, int b) { return a < b ? a : b; }
 
-// ---- decoding packed blocks into tiles -------------------------------------------------------------------------------
+// ---- decoding packed blocks into tiles
+// -------------------------------------------------------------------------------
 
 // Strip of 32 rows n (block row nb), q = k: right tiles [2][q_tiles].
 template <class Format, bool Scaled>
@@ -73,7 +73,8 @@ inline void decode_any(Side weight_side, const PackedMatrix& w, int strip, int q
   }
 }
 
-// ---- packing dense operands ------------------------------------------------------------------------------------------
+// ---- packing dense operands
+// ------------------------------------------------------------------------------------------
 
 inline uint32_t bits_of(float v) {
   uint32_t bits;
@@ -98,7 +99,8 @@ inline void convert(float from, float& to) { to = float_of(uint32_t{to_bf16(from
 
 // dst[a][b], a < Rows, b < Cols: element (a0 + a, b0 + b) of a matrix whose b runs contiguously; zeros outside na, nb.
 template <int Rows, int Cols, class Src>
-inline void copy_in(const Src* base, int64_t stride, const int32_t* index, int a0, int na, int b0, int nb, Ops::Elem* dst) {
+inline void copy_in(const Src* base, int64_t stride, const int32_t* index, int a0, int na, int b0, int nb,
+                    Ops::Elem* dst) {
   for (int a = 0; a < Rows; ++a) {
     Ops::Elem* row = dst + a * Cols;
     if (a >= na || nb <= 0) {
@@ -116,7 +118,8 @@ inline void copy_in(const Src* base, int64_t stride, const int32_t* index, int a
 }
 
 template <int Rows, int Cols>
-inline void copy_any(const DenseView& v, int64_t stride, const int32_t* index, int a0, int na, int b0, int nb, Ops::Elem* dst) {
+inline void copy_any(const DenseView& v, int64_t stride, const int32_t* index, int a0, int na, int b0, int nb,
+                     Ops::Elem* dst) {
   if (v.is_float) {
     copy_in<Rows, Cols>(static_cast<const float*>(v.base), stride, index, a0, na, b0, nb, dst);
   } else {
@@ -172,7 +175,8 @@ inline void pack_tiles(const PackArgs& p) {
       pack_tile(p, c, q, dst + ((c / kTileRows) * p.q_stride + q / kTileSteps) * kTileElems);
 }
 
-// ---- the driver ------------------------------------------------------------------------------------------------------
+// ---- the driver
+// ------------------------------------------------------------------------------------------------------
 
 constexpr int kPanelElems = kStripTiles * kPanelTiles * kTileElems;
 constexpr int kMaxMTiles = kMaxRows / kTileRows;
@@ -190,9 +194,11 @@ inline void multiply_panel(const GemmArgs& g, const GemmTerm& term, int strip, i
   const auto* act = static_cast<const Ops::Elem*>(term.act) + int64_t{q0} * kTileElems;
   float* acc = accumulator(c, strip, m_tiles, 0, 0);
   if (g.side == Side::left) {
-    ActiveOps::multiply({act, panel, acc, all_q, kPanelTiles, kStripTiles * 256, 256, g.m, kStripTiles, q_tiles, accumulate});
+    ActiveOps::multiply(
+        {act, panel, acc, all_q, kPanelTiles, kStripTiles * 256, 256, g.m, kStripTiles, q_tiles, accumulate});
   } else {
-    ActiveOps::multiply({panel, act, acc, kPanelTiles, all_q, 256, kStripTiles * 256, kBlock, m_tiles, q_tiles, accumulate});
+    ActiveOps::multiply(
+        {panel, act, acc, kPanelTiles, all_q, 256, kStripTiles * 256, kBlock, m_tiles, q_tiles, accumulate});
   }
 }
 
@@ -204,7 +210,8 @@ inline void load_panel(const GemmArgs& g, const GemmTerm& term, int strip, int q
   }
   const int c = g.c0 + strip * kBlock, q = q0 * kTileSteps;
   const int nc = min_int(kBlock, g.c0 + g.nc - c), nq = min_int(q_tiles * kTileSteps, term.q - q);
-  if (nc <= kTileRows) __builtin_memset(panel + kPanelTiles * kTileElems, 0, kPanelTiles * kTileElems * sizeof(Ops::Elem));
+  if (nc <= kTileRows)
+    __builtin_memset(panel + kPanelTiles * kTileElems, 0, kPanelTiles * kTileElems * sizeof(Ops::Elem));
   pack_tiles({weight_side, *term.dense, c, nc, q, nq, panel, kPanelTiles});
 }
 

@@ -11,7 +11,7 @@ enum class Side { left, right };  // which operand the activations are; the weig
 
 // One addend of a batch-reduce product: activations (m, q) times weights (c, q).
 struct GemmTerm {
-  const void* act;             // packed tiles [m tile][q tile], q_tiles = ceil(q / 32)
+  const void* act;  // packed tiles [m tile][q tile], q_tiles = ceil(q / 32)
   int q;
   const PackedMatrix* packed;  // either packed weights: (c, q) = (n, k) if the activations are left, (k, n) if right
   const DenseView* dense;      // or a dense factor with element (c, q)
@@ -50,6 +50,7 @@ struct KernelTable {
   void (*swiglu_backward)(const uint16_t* g, const uint16_t* u, const float* z, float w, int n, float* dg, float* du,
                           float* dw_parts);
   void (*to_bf16)(const float* from, int n, uint16_t* to);
+  double (*peak)(int64_t iterations);  // multiply-adds on registers only; returns the operations done
 };
 
 constexpr int64_t tiles(int64_t c, int64_t q) { return ceil_div(c, kTileRows) * ceil_div(q, kTileSteps); }

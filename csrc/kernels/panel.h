@@ -21,15 +21,15 @@
 
 namespace kt_sft {
 
-constexpr int kBlock = 32;               // rows and columns of a weight block
-constexpr int kPairs = kBlock / 2;       // pairs of a block along k
-constexpr int kTileRows = 16;            // rows c of a tile
-constexpr int kTileSteps = 32;           // reduction steps q of a tile
+constexpr int kBlock = 32;          // rows and columns of a weight block
+constexpr int kPairs = kBlock / 2;  // pairs of a block along k
+constexpr int kTileRows = 16;       // rows c of a tile
+constexpr int kTileSteps = 32;      // reduction steps q of a tile
 constexpr int kTileElems = kTileRows * kTileSteps;
 constexpr int kStripTiles = kBlock / kTileRows;  // weight tiles decoded together
-constexpr int kMaxRows = 512;            // activation rows of one call: bounds the fp32 accumulators of a thread
-constexpr int kMaxCols = 128;            // output columns of one call: 512 x 128 x 4 B = 256 KiB, a share of L2
-constexpr int kPanelTiles = 8;           // reduction tiles decoded at once: 32 x 256 bf16 = 16 KiB, a third of L1
+constexpr int kMaxRows = 512;   // activation rows of one call: bounds the fp32 accumulators of a thread
+constexpr int kMaxCols = 128;   // output columns of one call: 512 x 128 x 4 B = 256 KiB, a share of L2
+constexpr int kPanelTiles = 8;  // reduction tiles decoded at once: 32 x 256 bf16 = 16 KiB, a third of L1
 
 constexpr int64_t round_up(int64_t value, int64_t unit) { return (value + unit - 1) / unit * unit; }
 constexpr int64_t ceil_div(int64_t value, int64_t unit) { return (value + unit - 1) / unit; }
@@ -60,12 +60,14 @@ struct PackedMatrix {
   const uint8_t* codes;
   const uint16_t* scales;  // bf16 bits; null for bf16
   Format format;
-  int rows, cols;          // n, k as given; blocks cover the padded sizes
-  int group_size;          // along k, a multiple of 32; the padded k when per channel
+  int rows, cols;  // n, k as given; blocks cover the padded sizes
+  int group_size;  // along k, a multiple of 32; the padded k when per channel
 
   int row_blocks() const { return static_cast<int>(ceil_div(rows, kBlock)); }
   int col_blocks() const { return static_cast<int>(ceil_div(cols, kBlock)); }
-  int groups() const { return has_scales(format) ? static_cast<int>(ceil_div(int64_t{col_blocks()} * kBlock, group_size)) : 0; }
+  int groups() const {
+    return has_scales(format) ? static_cast<int>(ceil_div(int64_t{col_blocks()} * kBlock, group_size)) : 0;
+  }
   int block_bytes() const { return kPairs * kBlock * pair_bytes(format); }
   int64_t code_bytes() const { return int64_t{row_blocks()} * col_blocks() * block_bytes(); }
   int64_t scale_bytes() const { return int64_t{row_blocks()} * kBlock * groups() * 2; }
@@ -80,7 +82,7 @@ struct PackedMatrix {
 // One of cs and qs is 1 (and has no index).
 struct DenseView {
   const void* base;
-  bool is_float;           // fp32, else bf16
+  bool is_float;  // fp32, else bf16
   int64_t cs, qs;
   const int32_t* cidx = nullptr;
   const int32_t* qidx = nullptr;

@@ -4,9 +4,7 @@
 // Included inside the variant's namespace.
 #pragma once
 
-#define Mac UnusedMac
 #include "kernels/tile_ops_avx512.h"
-#undef Mac
 
 #ifdef KT_SFT_TILE_MODEL
 struct TileUnit {
@@ -20,11 +18,17 @@ struct TileUnit {
     for (int i = 0; i < 8; ++i) __builtin_memset(tile(i), 0xff, sizeof(float[16][16]));
   }
   template <int T>
-  static void zero() { __builtin_memset(tile(T), 0, sizeof(float[16][16])); }
+  static void zero() {
+    __builtin_memset(tile(T), 0, sizeof(float[16][16]));
+  }
   template <int T>
-  static void load(const void* p) { __builtin_memcpy(tile(T), p, sizeof(float[16][16])); }
+  static void load(const void* p) {
+    __builtin_memcpy(tile(T), p, sizeof(float[16][16]));
+  }
   template <int T>
-  static void store(void* p) { __builtin_memcpy(p, tile(T), sizeof(float[16][16])); }
+  static void store(void* p) {
+    __builtin_memcpy(p, tile(T), sizeof(float[16][16]));
+  }
   static float half(float word, int high) {
     uint32_t bits;
     __builtin_memcpy(&bits, &word, 4);
@@ -48,7 +52,9 @@ struct TileUnit {
   static void configure(const void* config) { __asm__ volatile("ldtilecfg (%0)" ::"r"(config) : "memory"); }
   static void release() { __asm__ volatile("tilerelease" ::: "memory"); }
   template <int T>
-  static void zero() { __asm__ volatile("tilezero %%tmm%c0" ::"i"(T)); }
+  static void zero() {
+    __asm__ volatile("tilezero %%tmm%c0" ::"i"(T));
+  }
   template <int T>
   static void load(const void* p) {
     __asm__ volatile("tileloadd (%0,%1,1), %%tmm%c2" ::"r"(p), "r"(int64_t{64}), "i"(T) : "memory");
@@ -58,14 +64,16 @@ struct TileUnit {
     __asm__ volatile("tilestored %%tmm%c2, (%0,%1,1)" ::"r"(p), "r"(int64_t{64}), "i"(T) : "memory");
   }
   template <int C, int A, int B>
-  static void dot() { __asm__ volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(C), "i"(A), "i"(B)); }
+  static void dot() {
+    __asm__ volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(C), "i"(A), "i"(B));
+  }
 };
 #endif
 
 // C tiles 0..3, left tiles 4 and 5, right tiles 6 and 7: four products per four loads.
 template <int I, int J>
-inline void multiply_amx(const uint16_t* left, int64_t left_stride, const uint16_t* right, int64_t right_stride, float* c,
-                         int64_t c_i, int64_t c_j, int q_tiles, bool accumulate) {
+inline void multiply_amx(const uint16_t* left, int64_t left_stride, const uint16_t* right, int64_t right_stride,
+                         float* c, int64_t c_i, int64_t c_j, int q_tiles, bool accumulate) {
   if (accumulate) {
     TileUnit::load<0>(c);
     if constexpr (J > 1) TileUnit::load<1>(c + c_j);
@@ -119,5 +127,16 @@ struct AmxOps : Ops {
         run(left, g.left_stride, right, g.right_stride, c, g.c_i, g.c_j, g.q_tiles, g.accumulate);
       }
     }
+  }
+
+  static double peak(int64_t iterations) {
+    alignas(64) static const uint16_t ones[kTileElems] = {};
+    begin();
+    TileUnit::load<4>(ones), TileUnit::load<5>(ones), TileUnit::load<6>(ones), TileUnit::load<7>(ones);
+    TileUnit::zero<0>(), TileUnit::zero<1>(), TileUnit::zero<2>(), TileUnit::zero<3>();
+    for (int64_t n = 0; n < iterations; ++n)
+      TileUnit::dot<0, 4, 6>(), TileUnit::dot<1, 4, 7>(), TileUnit::dot<2, 5, 6>(), TileUnit::dot<3, 5, 7>();
+    end();
+    return 4.0 * 2 * 16 * 16 * kTileSteps * static_cast<double>(iterations);
   }
 };

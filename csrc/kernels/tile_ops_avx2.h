@@ -26,6 +26,7 @@ struct Ops {
   }
   static void store_left(Elem* row, Vec::F32 v) { Vec::store(row, Vec::as_f32(Vec::round_bf16(v))); }
   static void multiply(const BlockArgs& g) { multiply_tiles<Mac>(g); }
+  static double peak(int64_t iterations) { return peak_of_registers<Mac>(iterations); }
   static void begin() {}
   static void end() {}
 };

@@ -40,8 +40,8 @@ struct Ops {
 #ifdef __AVX512BF16__
   // Rows 2p and 2p + 1 of a right tile, interleaved.
   static void store_right(Elem* tile, int pair, __m512 even, __m512 odd) {
-    const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21,
-                                           5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+    const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6,
+                                           21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
     const __m512i words = (__m512i)_mm512_cvtne2ps_pbh(odd, even);
     _mm512_storeu_si512(tile + pair * 32, _mm512_permutexvar_epi16(order, words));
   }
@@ -57,6 +57,7 @@ struct Ops {
   static void store_left(Elem* row, __m512 v) { Vec::store(row, Vec::as_f32(Vec::round_bf16(v))); }
 #endif
   static void multiply(const BlockArgs& g) { multiply_tiles<Mac>(g); }
+  static double peak(int64_t iterations) { return peak_of_registers<Mac>(iterations); }
   static void begin() {}
   static void end() {}
 };

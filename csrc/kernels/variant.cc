@@ -20,14 +20,22 @@ using ActiveOps = Ops;
 #include "kernels/tile_ops_avx2.h"
 using ActiveOps = Ops;
 #endif
-#include "kernels/gemm.h"
 #include "kernels/elementwise.h"
+#include "kernels/gemm.h"
 
 #define KT_STRING_(x) #x
 #define KT_STRING(x) KT_STRING_(x)
 const KernelTable& table() {
-  static constexpr KernelTable kTable{KT_STRING(KT_SFT_VARIANT), kTileElems * sizeof(Ops::Elem), kScratchBytes, pack_tiles, gemm,
-                                      swiglu, swiglu_hidden, swiglu_backward, to_bf16_row};
+  static constexpr KernelTable kTable{KT_STRING(KT_SFT_VARIANT),
+                                      kTileElems * sizeof(Ops::Elem),
+                                      kScratchBytes,
+                                      pack_tiles,
+                                      gemm,
+                                      swiglu,
+                                      swiglu_hidden,
+                                      swiglu_backward,
+                                      to_bf16_row,
+                                      ActiveOps::peak};
   return kTable;
 }
 

@@ -2,14 +2,20 @@
 #pragma once
 
 struct Vec {
-  struct F32 { __m256 lo, hi; };
-  struct I32 { __m256i lo, hi; };
+  struct F32 {
+    __m256 lo, hi;
+  };
+  struct I32 {
+    __m256i lo, hi;
+  };
   static constexpr int kLanes = 8;  // of one register
 
   static const __m256i* at(const void* p, int bytes) {
     return reinterpret_cast<const __m256i*>(static_cast<const char*>(p) + bytes);
   }
-  static __m128i half(const void* p, int bytes) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(at(p, bytes))); }
+  static __m128i half(const void* p, int bytes) {
+    return _mm_loadu_si128(reinterpret_cast<const __m128i*>(at(p, bytes)));
+  }
   static I32 load_i32(const void* p) { return {_mm256_loadu_si256(at(p, 0)), _mm256_loadu_si256(at(p, 32))}; }
   static I32 load_i16(const void* p) { return {_mm256_cvtepi16_epi32(half(p, 0)), _mm256_cvtepi16_epi32(half(p, 16))}; }
   static I32 load_i8(const void* p) {
@@ -17,9 +23,13 @@ struct Vec {
     return {_mm256_cvtepi8_epi32(bytes), _mm256_cvtepi8_epi32(_mm_srli_si128(bytes, 8))};
   }
   template <int N>
-  static I32 shift_left(I32 v) { return {_mm256_slli_epi32(v.lo, N), _mm256_slli_epi32(v.hi, N)}; }
+  static I32 shift_left(I32 v) {
+    return {_mm256_slli_epi32(v.lo, N), _mm256_slli_epi32(v.hi, N)};
+  }
   template <int N>
-  static I32 shift_right(I32 v) { return {_mm256_srai_epi32(v.lo, N), _mm256_srai_epi32(v.hi, N)}; }
+  static I32 shift_right(I32 v) {
+    return {_mm256_srai_epi32(v.lo, N), _mm256_srai_epi32(v.hi, N)};
+  }
   static I32 high_half(I32 v) {
     const __m256i mask = _mm256_set1_epi32(static_cast<int>(0xffff0000u));
     return {_mm256_and_si256(v.lo, mask), _mm256_and_si256(v.hi, mask)};

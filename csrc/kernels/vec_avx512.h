@@ -7,12 +7,18 @@ struct Vec {
   static constexpr int kLanes = 16;
 
   static I32 load_i32(const void* p) { return _mm512_loadu_si512(p); }
-  static I32 load_i16(const void* p) { return _mm512_cvtepi16_epi32(_mm256_loadu_si256(static_cast<const __m256i*>(p))); }
+  static I32 load_i16(const void* p) {
+    return _mm512_cvtepi16_epi32(_mm256_loadu_si256(static_cast<const __m256i*>(p)));
+  }
   static I32 load_i8(const void* p) { return _mm512_cvtepi8_epi32(_mm_loadu_si128(static_cast<const __m128i*>(p))); }
   template <int N>
-  static I32 shift_left(I32 v) { return _mm512_slli_epi32(v, N); }
+  static I32 shift_left(I32 v) {
+    return _mm512_slli_epi32(v, N);
+  }
   template <int N>
-  static I32 shift_right(I32 v) { return _mm512_srai_epi32(v, N); }
+  static I32 shift_right(I32 v) {
+    return _mm512_srai_epi32(v, N);
+  }
   static I32 high_half(I32 v) { return _mm512_and_si512(v, _mm512_set1_epi32(static_cast<int>(0xffff0000u))); }
   static F32 as_f32(I32 v) { return _mm512_castsi512_ps(v); }
   static F32 to_f32(I32 v) { return _mm512_cvtepi32_ps(v); }

@@ -13,8 +13,8 @@ struct Backward {
   const bool recompute, lora;
   GateUpBuffers gate_up;
   uint16_t *gate = nullptr, *up = nullptr;  // (wave rows, F) bf16, when recomputing
-  void *dout = nullptr;                     // right tiles (rows, D)
-  void *dgate_up[2] = {};                   // right tiles (rows, F): dG and dU
+  void* dout = nullptr;                     // right tiles (rows, D)
+  void* dgate_up[2] = {};                   // right tiles (rows, F): dG and dU
   float* dw_parts = nullptr;                // (wave rows, F / 32)
   // Only with LoRA; "small" is (wave rows, R) fp32, "rows" is (wave rows, F) bf16.
   float *small_b[3] = {}, *small_ha = nullptr;  // s dLin B per projection (times w for down), s w H A^T
@@ -28,7 +28,9 @@ struct Backward {
   int hidden() const { return plan.weights.hidden; }
   int intermediate() const { return plan.weights.intermediate; }
   int64_t wave_row(const Segment& s) const { return int64_t{s.tile0} * kTileRows; }
-  char* tiles_of(void* tiles, const Segment& s, int q) const { return plan.tile(tiles, s.tile0, ceil_div(q, kTileSteps)); }
+  char* tiles_of(void* tiles, const Segment& s, int q) const {
+    return plan.tile(tiles, s.tile0, ceil_div(q, kTileSteps));
+  }
   const uint16_t* gate_row(const Segment& s, int r, bool of_up) const {
     if (recompute) return (of_up ? up : gate) + (wave_row(s) + r) * intermediate();
     return (of_up ? plan.call.up : plan.call.gate) + int64_t{s.row0 + r} * intermediate();
@@ -129,8 +131,14 @@ struct Backward {
       const uint8_t* keep = l.down_keep + int64_t{plan.order[s.row0 + r]} * F + c0;
       for (int c = 0; c < nc; ++c) h[c] = keep[c] ? h[c] : 0;  // keep_scale goes into the rank-sized products
     }
-    plan.kernels.pack({Side::left, {first, false, F, 1}, 0, s.rows, 0, nc,
-                       tiles_of(h_tiles, s, F) + c0 / kTileSteps * plan.kernels.tile_bytes, ceil_div(F, kTileSteps)});
+    plan.kernels.pack({Side::left,
+                       {first, false, F, 1},
+                       0,
+                       s.rows,
+                       0,
+                       nc,
+                       tiles_of(h_tiles, s, F) + c0 / kTileSteps * plan.kernels.tile_bytes,
+                       ceil_div(F, kTileSteps)});
   }
 
   void gradient_block(const Segment& s, int c0, int nc, const Plan::ThreadBuffers& b) const {
@@ -164,7 +172,8 @@ struct Backward {
   }
 
   // grad[:, c0 : c0 + nc] += the given terms for every segment of the wave.
-  void input_block(const Wave& wave, int c0, int nc, bool base, bool adapters, float* grad, const Plan::ThreadBuffers& b) const {
+  void input_block(const Wave& wave, int c0, int nc, bool base, bool adapters, float* grad,
+                   const Plan::ThreadBuffers& b) const {
     for (int i = wave.begin; i < wave.end; ++i) {
       const Segment& s = plan.segments[i];
       PackedMatrix packed[2];
@@ -201,12 +210,14 @@ struct Backward {
   void factor_gradient(const Segment& s, const FactorGradient& g, int c0, int nc, const Plan::ThreadBuffers& b) const {
     for (int r0 = 0; r0 < g.rank; r0 += kMaxRows) {
       const int ranks = std::min(kMaxRows, g.rank - r0);
-      plan.kernels.pack({Side::left, {g.small, true, 1, g.rank}, r0, ranks, 0, s.rows, b.small, ceil_div(s.rows, kTileSteps)});
+      plan.kernels.pack(
+          {Side::left, {g.small, true, 1, g.rank}, r0, ranks, 0, s.rows, b.small, ceil_div(s.rows, kTileSteps)});
       const GemmTerm term{b.small, s.rows, nullptr, &g.big};
       plan.kernels.gemm({Side::left, &term, 1, ranks, c0, nc, b.rows[0], nc, b.gemm});
       for (int r = 0; r < ranks; ++r)
         for (int c = 0; c < nc; ++c) {
-          float& to = g.transposed ? g.grad[int64_t{c0 + c} * g.rank + r0 + r] : g.grad[int64_t{r0 + r} * g.width + c0 + c];
+          float& to =
+              g.transposed ? g.grad[int64_t{c0 + c} * g.rank + r0 + r] : g.grad[int64_t{r0 + r} * g.width + c0 + c];
           to += b.rows[0][r * nc + c];
         }
     }

@@ -40,20 +40,21 @@ struct LoraFactors {
 struct Lora {
   LoraFactors factors[3];
   float scaling = 1.0f;
-  const uint16_t* x = nullptr;          // (T, D) bf16 input of the gate and up adapters; null: the hidden states
-  const uint8_t* down_keep = nullptr;   // (T, K, F) 0 or 1: dropout of the down adapter's input; null: none
-  float keep_scale = 1.0f;              // 1 / (1 - p)
+  const uint16_t* x = nullptr;         // (T, D) bf16 input of the gate and up adapters; null: the hidden states
+  const uint8_t* down_keep = nullptr;  // (T, K, F) 0 or 1: dropout of the down adapter's input; null: none
+  float keep_scale = 1.0f;             // 1 / (1 - p)
   bool any() const { return factors[0].rank + factors[1].rank + factors[2].rank > 0; }
 };
 
 struct LayerCall {
   int64_t tokens;
   int top_k;
-  const uint16_t* x;      // (T, D) bf16
-  const int64_t* ids;     // (T, K), checked by the caller
-  const float* weights;   // (T, K)
+  const uint16_t* x;     // (T, D) bf16
+  const int64_t* ids;    // (T, K), checked by the caller
+  const float* weights;  // (T, K)
   Lora lora;
-  uint16_t* gate = nullptr;  // (N, F) bf16, rows sorted by expert: written by forward, read by backward; null: recompute
+  uint16_t* gate =
+      nullptr;  // (N, F) bf16, rows sorted by expert: written by forward, read by backward; null: recompute
   uint16_t* up = nullptr;
 };
 

@@ -38,11 +38,17 @@ struct Forward {
     for (int r = 0; r < s.rows; ++r) {
       const int64_t saved = int64_t{s.row0 + r} * F + c0;
       const bool keep = call.gate != nullptr;
-      plan.kernels.swiglu(b.rows[0] + r * nc, b.rows[1] + r * nc, nc, hidden + r * nc, keep ? call.gate + saved : nullptr,
-                          keep ? call.up + saved : nullptr);
+      plan.kernels.swiglu(b.rows[0] + r * nc, b.rows[1] + r * nc, nc, hidden + r * nc,
+                          keep ? call.gate + saved : nullptr, keep ? call.up + saved : nullptr);
     }
-    const PackArgs pack{Side::left, {hidden, true, nc, 1}, 0, s.rows, 0, nc,
-                        plan.tile(h, s.tile0, f_tiles) + c0 / kTileSteps * plan.kernels.tile_bytes, f_tiles};
+    const PackArgs pack{Side::left,
+                        {hidden, true, nc, 1},
+                        0,
+                        s.rows,
+                        0,
+                        nc,
+                        plan.tile(h, s.tile0, f_tiles) + c0 / kTileSteps * plan.kernels.tile_bytes,
+                        f_tiles};
     plan.kernels.pack(pack);
     if (h_lora == h) return;
     for (int r = 0; r < s.rows; ++r) {
@@ -60,10 +66,11 @@ struct Forward {
     if (f.rank == 0) return;
     parallel_for(wave.end - wave.begin, [&](int64_t task, int thread) {
       const Segment& s = plan.segments[wave.begin + task];
-      rank_product(plan, plan.thread[thread], s.rows,
-                   {Side::left, plan.tile(h_lora, s.tile0, ceil_div(F, kTileSteps)), F,
-                    factor_a(f, s.expert, F, Reduce::features), f.rank, plan.call.lora.scaling,
-                    ha + int64_t{s.tile0} * kTileRows * f.rank, plan.tile(ha_tiles, s.tile0, ceil_div(f.rank, kTileSteps))});
+      rank_product(
+          plan, plan.thread[thread], s.rows,
+          {Side::left, plan.tile(h_lora, s.tile0, ceil_div(F, kTileSteps)), F,
+           factor_a(f, s.expert, F, Reduce::features), f.rank, plan.call.lora.scaling,
+           ha + int64_t{s.tile0} * kTileRows * f.rank, plan.tile(ha_tiles, s.tile0, ceil_div(f.rank, kTileSteps))});
     });
   }
 

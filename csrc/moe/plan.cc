@@ -22,7 +22,8 @@ PackedMatrix ExpertWeights::matrix(int expert, Projection projection) const {
 }
 
 int64_t ExpertWeights::expert_bytes() const {
-  PackedMatrix gate{nullptr, nullptr, format, intermediate, hidden, 0}, down{nullptr, nullptr, format, hidden, intermediate, 0};
+  PackedMatrix gate{nullptr, nullptr, format, intermediate, hidden, 0},
+      down{nullptr, nullptr, format, hidden, intermediate, 0};
   gate.group_size = group_size > 0 ? group_size : gate.col_blocks() * kBlock;
   down.group_size = group_size > 0 ? group_size : down.col_blocks() * kBlock;
   return 2 * gate.nbytes() + down.nbytes();
@@ -42,7 +43,11 @@ void sort_by_expert(const int64_t* ids, int64_t slots, int num_experts, int32_t*
 }
 
 Plan::Plan(const ExpertWeights& weights, const LayerCall& call)
-    : weights(weights), call(call), kernels(kt_sft::kernels()), threads(num_threads()), slots(call.tokens * call.top_k) {
+    : weights(weights),
+      call(call),
+      kernels(kt_sft::kernels()),
+      threads(num_threads()),
+      slots(call.tokens * call.top_k) {
   const int64_t most_tiles = slots / kTileRows + std::min<int64_t>(slots, weights.num_experts) + slots / kMaxRows;
   wave_tile_limit = std::min<int64_t>(std::max<int64_t>(most_tiles, 1), kWaveTiles);
 }
@@ -138,15 +143,16 @@ void GateUpBuffers::prepare(const Plan& plan, const Wave& wave) const {
     const Segment& s = plan.segments[wave.begin + task / 2];
     const LoraFactors& f = lora.factors[task % 2];
     if (f.rank == 0) return;
-    rank_product(plan, plan.thread[thread], s.rows,
-                 {Side::left, plan.tile(x_lora, s.tile0, ceil_div(D, kTileSteps)), D,
-                  factor_a(f, s.expert, D, Reduce::features), f.rank, lora.scaling,
-                  xa[task % 2] + int64_t{s.tile0} * kTileRows * f.rank,
-                  plan.tile(xa_tiles[task % 2], s.tile0, ceil_div(f.rank, kTileSteps))});
+    rank_product(
+        plan, plan.thread[thread], s.rows,
+        {Side::left, plan.tile(x_lora, s.tile0, ceil_div(D, kTileSteps)), D, factor_a(f, s.expert, D, Reduce::features),
+         f.rank, lora.scaling, xa[task % 2] + int64_t{s.tile0} * kTileRows * f.rank,
+         plan.tile(xa_tiles[task % 2], s.tile0, ceil_div(f.rank, kTileSteps))});
   });
 }
 
-void GateUpBuffers::compute(const Plan& plan, const Plan::ThreadBuffers& buffers, const Segment& s, int c0, int nc) const {
+void GateUpBuffers::compute(const Plan& plan, const Plan::ThreadBuffers& buffers, const Segment& s, int c0,
+                            int nc) const {
   const int D = plan.weights.hidden, F = plan.weights.intermediate;
   for (int p : {kGate, kUp}) {
     const LoraFactors& f = plan.call.lora.factors[p];

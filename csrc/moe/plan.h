@@ -25,8 +25,8 @@ struct Plan {
   const LayerCall& call;
   const KernelTable& kernels;
   int threads;
-  int64_t slots;           // T * K
-  int64_t wave_tile_limit; // tiles that the buffers of a wave hold
+  int64_t slots;            // T * K
+  int64_t wave_tile_limit;  // tiles that the buffers of a wave hold
 
   int32_t *counts, *order, *token;  // (E), (N) slot of a sorted row, (N) token of a sorted row
   Segment* segments;
@@ -93,9 +93,9 @@ void rank_product(const Plan& plan, const Plan::ThreadBuffers& buffers, int rows
 
 // Gate and up of the segments of a wave, shared by forward and by a recomputing backward.
 struct GateUpBuffers {
-  void *x, *x_lora;          // left tiles (rows, D); x_lora == x unless the call has its own
-  float* xa[2];              // (wave rows, R): s X' A^T
-  void* xa_tiles[2];         // the same as left tiles
+  void *x, *x_lora;   // left tiles (rows, D); x_lora == x unless the call has its own
+  float* xa[2];       // (wave rows, R): s X' A^T
+  void* xa_tiles[2];  // the same as left tiles
   void take(const Plan& plan, Workspace& workspace);
   void prepare(const Plan& plan, const Wave& wave) const;  // packs x, computes xa
   // gate and up of columns [c0, c0 + nc) into buffers.rows[0] and [1], ld = nc.

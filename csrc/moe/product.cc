@@ -30,8 +30,9 @@ void packed_product(const PackedMatrix& weights, Side side, const uint16_t* act,
     const int64_t row = task / column_steps * kMaxRows;
     const int c0 = static_cast<int>(task % column_steps) * kMaxCols;
     const GemmTerm term{tiles_at + row / kTileRows * tile_row_bytes, q, &weights, nullptr};
-    kernels.gemm({side, &term, 1, static_cast<int>(std::min<int64_t>(kMaxRows, m - row)), c0, std::min(kMaxCols, c - c0),
-                  out + row * c + c0, c, scratch + round_up(kernels.gemm_scratch_bytes, 64) * thread});
+    kernels.gemm({side, &term, 1, static_cast<int>(std::min<int64_t>(kMaxRows, m - row)), c0,
+                  std::min(kMaxCols, c - c0), out + row * c + c0, c,
+                  scratch + round_up(kernels.gemm_scratch_bytes, 64) * thread});
   });
 }
 

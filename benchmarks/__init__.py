@@ -1,0 +1,1 @@
+"""Measurements; each checks its results before it reports a time."""
