@@ -16,7 +16,6 @@ VERBS = {
     "chat": "Chat in the terminal: kt-sft chat FILE.yaml",
     "api": "Serve an OpenAI-style API: kt-sft api FILE.yaml",
     "webchat": "Chat in the browser: kt-sft webchat FILE.yaml",
-    "eval": "Score multiple-choice tasks (MMLU and the like): kt-sft eval FILE.yaml",
     "export": "Merge an adapter into the model (not possible on packed experts yet; says what to do instead).",
 }
 
@@ -55,12 +54,6 @@ def run(verb: str, args: list[str]) -> None:
     spawns = os.environ.get("FORCE_TORCHRUN", "0").lower() in ("1", "true", "y")
     if spawns and os.environ.get("TORCH_DEVICE_BACKEND_AUTOLOAD", "1") == "0":
         raise RuntimeError("FORCE_TORCHRUN needs TORCH_DEVICE_BACKEND_AUTOLOAD unset: its workers load kt_sft by it.")
-    if verb == "eval":  # llamafactory-cli 0.9.5 has the code but no longer the verb
-        sys.argv = ["llamafactory-cli", *args]
-        from llamafactory.eval.evaluator import run_eval
-
-        run_eval()
-        return
     sys.argv = ["llamafactory-cli", verb, *args]
     from llamafactory.launcher import launch
 

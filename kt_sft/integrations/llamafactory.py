@@ -74,7 +74,7 @@ def _taking_settings(parse: Callable, read_args: Callable, classes: list[type]) 
             by_class = dict(zip(classes, parsed, strict=True))
             named = {cls.__name__: values for cls, values in by_class.items()}
             refuse_unsupported(named["ModelArguments"], named["FinetuningArguments"], named.get("TrainingArguments"))
-            _count_tokens(named.get("TrainingArguments"))
+            _count_tokens(named.get("TrainingArguments"), named["DataArguments"])
         return parsed
 
     return parse_with_settings
@@ -89,10 +89,11 @@ def _share_log_handlers() -> None:
         ours.setLevel(logging.INFO if os.environ.get("LOCAL_RANK", "0") == "0" else logging.WARNING)
 
 
-def _count_tokens(training_args: Any) -> None:
+def _count_tokens(training_args: Any, data_args: Any) -> None:
     """Let the Trainer count tokens, for the tokens-per-second figure of the training log."""
     if training_args is not None and training_args.include_num_input_tokens_seen in (False, "no"):
-        training_args.include_num_input_tokens_seen = "non_padding"
+        # "non_padding" sums the attention mask, which neat_packing turns into 4-D additive values
+        training_args.include_num_input_tokens_seen = "all" if data_args.neat_packing else "non_padding"
 
 
 def _one_gpu_per_process(get_train_args: Callable) -> Callable:
@@ -126,6 +127,7 @@ def patch_loader(loader: ModuleType) -> None:
         from . import peft
 
         peft.install()
+        _share_cores(config)
         _prefer_native_classes(model_args)
         model_dir = _local_checkpoint(loader, model_args)
         model_args.use_kt = True  # LLaMA-Factory's adapter code asks it: one adapter, never merged
@@ -138,6 +140,17 @@ def patch_loader(loader: ModuleType) -> None:
         return model
 
     loader.load_model = load_model
+
+
+def _share_cores(config: KtConfig) -> None:
+    """Use ``kt_num_threads``, or divide the cores among the processes of this host."""
+    from kt_sft import native
+
+    local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if config.num_threads:
+        native.set_num_threads(config.num_threads)
+    elif local_processes > 1:
+        native.set_num_threads(max(1, native.num_threads() // local_processes))
 
 
 def _prefer_native_classes(model_args: Any) -> None:

@@ -135,13 +135,6 @@ _REFUSALS = (
         "finetuning", "use_dora", _set, "DoRA needs the norm of merged dense experts", "plain LoRA or use_rslora: true"
     ),
     _Refusal("finetuning", "pissa_init", _set, "PiSSA rewrites the base weights", "the default LoRA initialisation"),
-    _Refusal(
-        "finetuning",
-        "loraplus_lr_ratio",
-        _set,
-        "LLaMA-Factory recognises B factors by a name that expert adapters do not have",
-        "one learning_rate for all factors",
-    ),
     _Refusal("finetuning", "use_mca", _set, "Megatron has its own experts", "USE_MCA unset"),
     _Refusal("finetuning", "use_hyper_parallel", _set, "it has its own model loading", "use_hyper_parallel: false"),
     _Refusal(

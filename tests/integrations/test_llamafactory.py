@@ -108,7 +108,7 @@ def test_chat_is_deterministic(jobs):
 
 def test_lora_on_chosen_modules(jobs):
     assert "KtExperts" in jobs[6]["modules"]
-    assert any("experts.lora_gate_A" in name for name in jobs[6]["trainable"])
+    assert any("experts.gate_proj.lora_A" in name for name in jobs[6]["trainable"])
     assert not any("k_proj" in name for name in jobs[6]["trainable"])
 
 
@@ -117,6 +117,13 @@ def test_chat_command_with_piped_input(trained, workspace):
     result = workspace.run("llamafactory-cli", "chat", workspace.write("chat.yaml", args), stdin="Who are you?\n")
     assert "Assistant:" in result.stdout
     assert "Traceback" not in result.stderr
+
+
+def test_kt_sft_command_without_the_entry_point(workspace):
+    args = {**workspace.base(), "use_kt": None, "max_new_tokens": 4}
+    file = workspace.write("kt_sft_chat.yaml", {k: v for k, v in args.items() if v is not None})
+    result = workspace.run("python", "-m", "kt_sft", "chat", file, stdin="exit\n", TORCH_DEVICE_BACKEND_AUTOLOAD="0")
+    assert "packed as int8" in result.stdout + result.stderr
 
 
 def test_unknown_key_fails_before_loading(workspace):

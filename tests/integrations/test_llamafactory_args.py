@@ -110,7 +110,6 @@ def test_supported_options_pass():
         ("finetuning", "stage", "ppo", "stage: sft"),
         ("finetuning", "use_dora", True, "use_rslora"),
         ("finetuning", "pissa_init", True, "default LoRA initialisation"),
-        ("finetuning", "loraplus_lr_ratio", 16.0, "learning_rate"),
         ("model", "quantization_bit", 4, "kt_expert_weight_format"),
         ("model", "use_unsloth", True, "use_unsloth: false"),
         ("model", "infer_backend", "vllm", "infer_backend: huggingface"),
