@@ -3,8 +3,8 @@
     python -m benchmarks.bench_experts                    # shape A, our formats beside stock transformers
     python -m benchmarks.bench_experts --shape B --rows int8,int8+lora16 --tokens 1,64,2048
 
-Each row runs in a process of its own, so that its memory can be read off, and refuses to report a time unless its output
-and input gradient agree with a float32 evaluation of the same weights. Times are medians with the 20th and 80th
+Each row runs in a process of its own, so that its memory can be read off, and refuses to report a time unless its
+output and input gradient agree with a float32 evaluation of the same weights. Times are medians with the 20th and 80th
 percentile; calls of few tokens rotate over several inputs, so that weights do not stay in the cache.
 """
 

@@ -20,8 +20,8 @@ using ActiveOps = Ops;
 #include "kernels/tile_ops_avx2.h"
 using ActiveOps = Ops;
 #endif
-#include "kernels/elementwise.h"
 #include "kernels/gemm.h"
+#include "kernels/elementwise.h"
 
 #define KT_STRING_(x) #x
 #define KT_STRING(x) KT_STRING_(x)
