@@ -1,7 +1,8 @@
 """Run LLaMA-Factory jobs one after another in this process: ``python driver.py jobs.json``.
 
-A job is {"verb": "train" | "chat" | "load", "args": {...}}. Results go to jobs.results.json:
-train -> None, chat -> the reply to "Who are you?", load -> what the loaded model looks like.
+A job is {"verb": "train" | "chat" | "load" | "parse", "args": {...}}. Results go to jobs.results.json:
+train -> None, chat -> the reply to "Who are you?", load -> what the loaded model looks like,
+parse -> the expert settings that kt_sft took from the arguments.
 """
 
 from __future__ import annotations
@@ -39,9 +40,24 @@ def load(args: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def parse(args: dict[str, Any]) -> dict[str, Any]:
+    from llamafactory.data.template import TEMPLATES
+    from llamafactory.hparams import parser
+
+    from kt_sft.integrations.llamafactory import active_config
+
+    if args.get("do_train"):
+        _, data_args, *_ = parser._parse_train_args({**args, "use_cpu": True})
+    else:
+        _, data_args, *_ = parser._parse_infer_args(args)
+    config = active_config()
+    assert config is not None
+    return {"weight_format": config.weight_format, "template_known": data_args.template in TEMPLATES}
+
+
 def main() -> None:
     path = Path(sys.argv[1])
-    verbs = {"train": train, "chat": chat, "load": load}
+    verbs = {"train": train, "chat": chat, "load": load, "parse": parse}
     results = [verbs[job["verb"]](job["args"]) for job in json.loads(path.read_text())]
     path.with_suffix(".results.json").write_text(json.dumps(results))
 

@@ -1,0 +1,89 @@
+"""Pieces of the LLaMA-Factory integration that need no run: version check, remote code, threads, the report."""
+
+from __future__ import annotations
+
+import json
+import logging
+from types import SimpleNamespace
+
+import pytest
+from torch import nn
+
+from kt_sft import native
+from kt_sft.config import KtConfig
+from kt_sft.integrations import llamafactory
+from kt_sft.nn.experts import KtExperts
+
+
+def test_the_forks_need_not_be_installed():
+    asked = []
+    check = llamafactory._without_forks(lambda requirement, mandatory=False: asked.append((requirement, mandatory)))
+    for fork in ("kt-kernel", "transformers-kt", "accelerate-kt"):
+        check(fork, mandatory=True)
+    check("peft>=0.18", mandatory=True)
+    assert asked == [("peft>=0.18", True)]
+
+
+@pytest.mark.parametrize(
+    ("auto_map", "model_type", "stays"),
+    [
+        ({"AutoConfig": "c.C"}, "deepseek_v2", False),
+        ({"AutoConfig": "c.C"}, "unheard_of", True),
+        (None, "mixtral", True),
+    ],
+)
+def test_native_classes_are_preferred_to_remote_code(tmp_path, auto_map, model_type, stays):
+    config = {"model_type": model_type} | ({"auto_map": auto_map} if auto_map else {})
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    model_args = SimpleNamespace(trust_remote_code=True, model_name_or_path=str(tmp_path), model_revision="main")
+    llamafactory._prefer_native_classes(model_args)
+    assert model_args.trust_remote_code is stays
+
+
+@pytest.fixture
+def threads():
+    before = native.num_threads()
+    yield before
+    native.set_num_threads(before)
+
+
+def test_threads_come_from_the_setting(threads, monkeypatch):
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    llamafactory._share_cores(KtConfig(num_threads=3))
+    assert native.num_threads() == 3
+
+
+def test_threads_are_shared_by_the_processes_of_a_host(threads, monkeypatch):
+    native.set_num_threads(8)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
+    llamafactory._share_cores(KtConfig())
+    assert native.num_threads() == 2
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
+    llamafactory._share_cores(KtConfig())
+    assert native.num_threads() == 2
+
+
+def test_report_counts_layers_experts_and_bytes(monkeypatch):
+    model = nn.ModuleList(KtExperts(num_experts=4, hidden_size=64, intermediate_size=32) for _ in range(3))
+    for experts in model:
+        experts._shared.packed = SimpleNamespace(num_experts=4, nbytes=2**30, weight_format="int4")
+    line = llamafactory.describe(model)
+    assert "3 layers x 4 experts packed as int4, 3.00 GiB" in line
+    assert native.info()["isa"] in line
+    assert "no routed experts" in llamafactory.describe(nn.Linear(2, 2))
+
+
+def test_log_lines_go_where_llamafactory_logs(monkeypatch):
+    ours, theirs = logging.getLogger("kt_sft"), logging.getLogger("llamafactory")
+    handler = logging.NullHandler()
+    monkeypatch.setattr(ours, "handlers", [])
+    monkeypatch.setattr(ours, "propagate", True)
+    monkeypatch.setattr(theirs, "handlers", [handler])
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    level = ours.level
+    try:
+        llamafactory._share_log_handlers()
+        assert ours.handlers == [handler]
+        assert ours.level == logging.WARNING
+    finally:
+        ours.setLevel(level)
