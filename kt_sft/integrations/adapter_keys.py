@@ -87,7 +87,8 @@ def _take_fused(state: dict[str, Tensor], base: str, path: str, experts: KtExper
         keys = [f"{base}.{inner}{factor}.weight" for factor in FACTORS]
         if not all(key in state for key in keys):
             continue
-        a_ERI, b_EOR = split_fused(*(state.pop(key) for key in keys), experts.num_experts, inputs, outputs, keys[0])
+        lora_a, lora_b = (state.pop(key) for key in keys)
+        a_ERI, b_EOR = split_fused(lora_a, lora_b, experts.num_experts, inputs, outputs, keys[0])
         if inner:
             gate, up = experts.names.gate, experts.names.up
             parts = {gate: (a_ERI, b_EOR[:, :F]), up: (a_ERI.clone(), b_EOR[:, F:])}

@@ -40,9 +40,11 @@ def install() -> None:
 
     if getattr(LoraModel.inject_adapter, _MARK, False):
         return
-    LoraModel._create_new_module = staticmethod(_wrap_create(LoraModel._create_new_module))
-    LoraModel.inject_adapter = _wrap_inject(LoraModel.inject_adapter)
-    PeftModel.load_adapter = _wrap_load(PeftModel.load_adapter)
+    lora_model: Any = LoraModel
+    peft_model: Any = PeftModel
+    lora_model._create_new_module = staticmethod(_wrap_create(lora_model._create_new_module))
+    lora_model.inject_adapter = _wrap_inject(lora_model.inject_adapter)
+    peft_model.load_adapter = _wrap_load(peft_model.load_adapter)
     _replace_everywhere(save_and_load.get_peft_model_state_dict, _wrap_get(save_and_load.get_peft_model_state_dict))
     _replace_everywhere(save_and_load.set_peft_model_state_dict, _wrap_set(save_and_load.set_peft_model_state_dict))
 
@@ -56,9 +58,10 @@ def expert_target_names(model: nn.Module) -> list[str]:
 def _replace_everywhere(original: Any, wrapped: Any) -> None:
     """Functions are imported by name: replace the reference in every loaded module that has it."""
     setattr(wrapped, _MARK, True)
+    name: str = original.__name__
     for module in list(sys.modules.values()):
-        if getattr(module, "__dict__", {}).get(original.__name__) is original:
-            setattr(module, original.__name__, wrapped)
+        if getattr(module, "__dict__", {}).get(name) is original:
+            setattr(module, name, wrapped)
 
 
 def _wrap_create(original: Any) -> Any:

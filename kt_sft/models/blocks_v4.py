@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import inspect
 from types import MethodType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -29,7 +30,7 @@ SOFTMAX_TOPK_BLOCKS = {
 }
 
 
-def softmax_topk_forward(self: nn.Module, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
+def softmax_topk_forward(self: Any, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
     """hidden_states (batch, length, D) -> the same shape, and router logits (T, E)."""
     jitter = getattr(self, "jitter_noise", 0)
     if self.training and jitter > 0:
@@ -45,7 +46,7 @@ def softmax_topk_forward(self: nn.Module, hidden_states: Tensor) -> tuple[Tensor
     return out_TD.view(hidden_states.shape), router_logits_TE
 
 
-def routed_moe(self: nn.Module, hidden_states: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Tensor:
+def routed_moe(self: Any, hidden_states: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Tensor:
     return self.experts(hidden_states, topk_ids, topk_weights)
 
 

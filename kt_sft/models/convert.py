@@ -34,10 +34,10 @@ from .spec import MoeSpec, describe_fused, describe_list, is_fused
 
 logger = logging.getLogger(__name__)
 
-Path = str | os.PathLike[str]
+StrPath = str | os.PathLike[str]
 
 
-def from_pretrained(path: Path, *, config: KtConfig | dict[str, Any] | None = None, **options: Any) -> Any:
+def from_pretrained(path: StrPath, *, config: KtConfig | dict[str, Any] | None = None, **options: Any) -> Any:
     """``AutoModelForCausalLM.from_pretrained`` with the routed experts packed on the CPU.
 
     ``options`` that are fields of ``KtConfig`` (``weight_format="int4"``, ``activation_policy="recompute"`` ...)
@@ -60,15 +60,16 @@ def as_config(config: KtConfig | dict[str, Any] | None) -> KtConfig:
 
 
 @contextmanager
-def experts_on_cpu(model_dir: Path, config: KtConfig, *, revision: str | None = None) -> Iterator[None]:
+def experts_on_cpu(model_dir: StrPath, config: KtConfig, *, revision: str | None = None) -> Iterator[None]:
     """Inside, ``AutoModel*.from_pretrained`` builds and fills packed experts from the checkpoint ``model_dir``.
 
     A model without supported experts raises ValueError. The context patches ``PreTrainedModel`` and is meant for one
     loading call at a time.
     """
-    from transformers import PreTrainedModel
+    import transformers
 
-    post_init, load = PreTrainedModel.post_init, PreTrainedModel.__dict__["from_pretrained"]
+    base: Any = transformers.PreTrainedModel
+    post_init, load = base.post_init, base.__dict__["from_pretrained"]
 
     def post_init_with_swap(self: Any) -> None:
         swap_experts(self, config.activation_policy)
@@ -80,13 +81,11 @@ def experts_on_cpu(model_dir: Path, config: KtConfig, *, revision: str | None = 
         fill_experts(result[0] if isinstance(result, tuple) else result, model_dir, config, revision=revision)
         return result
 
-    PreTrainedModel.post_init = post_init_with_swap
-    PreTrainedModel.from_pretrained = classmethod(from_pretrained_and_fill)
+    base.post_init, base.from_pretrained = post_init_with_swap, classmethod(from_pretrained_and_fill)
     try:
         yield
     finally:
-        PreTrainedModel.post_init = post_init
-        PreTrainedModel.from_pretrained = load
+        base.post_init, base.from_pretrained = post_init, load
 
 
 def convert_model(model: Any, config: KtConfig | dict[str, Any] | None = None) -> Any:
@@ -138,7 +137,7 @@ def swap_experts(model: nn.Module, activation_policy: str) -> list[tuple[str, nn
     return swapped
 
 
-def fill_experts(model: Any, model_dir: Path, config: KtConfig, *, revision: str | None = None) -> None:
+def fill_experts(model: Any, model_dir: StrPath, config: KtConfig, *, revision: str | None = None) -> None:
     """Load and pack the experts of every empty ``KtExperts`` in the model from the checkpoint."""
     layers = {path: m for path, m in model.named_modules() if isinstance(m, KtExperts)}
     if not layers:
@@ -194,16 +193,17 @@ def _pack(original: nn.Module, experts: KtExperts, config: KtConfig) -> PackedEx
         matrices = _expert(original, experts, index)
         if any(m.is_meta for m in matrices):
             raise ValueError("convert_model: expected loaded weights, got a meta model; use kt_sft.from_pretrained")
-        packed.pack_expert_(index, *(m.detach().cpu() for m in matrices))
+        packed.pack_expert_(index, *(m.cpu() for m in matrices))
     return packed
 
 
 def _expert(original: nn.Module, experts: KtExperts, index: int) -> tuple[Tensor, Tensor, Tensor]:
     if isinstance(original, nn.ModuleList):
-        gate, up, down = (original[index].get_parameter(f"{name}.weight") for name in experts.names)
-        return gate, up, down
-    gate, up = original.get_parameter("gate_up_proj")[index].chunk(2)
-    return gate, up, original.get_parameter("down_proj")[index]
+        gate, up, down = (original[index].get_parameter(f"{name}.weight").data for name in experts.names)
+    else:
+        gate, up = original.get_parameter("gate_up_proj").data[index].chunk(2)
+        down = original.get_parameter("down_proj").data[index]
+    return gate, up, down
 
 
 def _no_experts(model: Any) -> ValueError:
@@ -213,7 +213,7 @@ def _no_experts(model: Any) -> ValueError:
     )
 
 
-def _local(model_dir: Path, revision: str | None) -> str:
+def _local(model_dir: StrPath, revision: str | None) -> str:
     """The local folder of a checkpoint; a hub id is resolved through the hub's cache."""
     if os.path.isdir(model_dir):
         return os.fspath(model_dir)

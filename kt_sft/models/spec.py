@@ -72,7 +72,7 @@ def _difference(module: nn.Module) -> str | None:
             return f"{name}={value}"
     from transformers.integrations import moe  # transformers 5 only, like the flags above
 
-    if type(module)._apply_gate is not moe._default_apply_gate:
+    if getattr(type(module), "_apply_gate", None) is not moe._default_apply_gate:
         return "a gate of its own (_apply_gate)"
     if not is_silu(getattr(module, "act_fn", None)):
         return f"activation {getattr(module, 'act_fn', None)}"
@@ -94,15 +94,15 @@ def describe_list(experts: nn.ModuleList, where: str) -> MoeSpec:
     names = next((triple for triple in TRIPLES if set(triple) == children), None)
     if names is None:
         raise unsupported(where, f"{type(first).__name__} with Linear layers {sorted(children)}")
-    gate, up, down = (first.get_submodule(name) for name in names)
-    if any(linear.bias is not None for linear in (gate, up, down)):
+    linears = [child for name in names if isinstance(child := first.get_submodule(name), nn.Linear)]
+    if any(linear.bias is not None for linear in linears):
         raise unsupported(where, f"{type(first).__name__} with biases")
     if not is_silu(getattr(first, "act_fn", None)):
         raise unsupported(where, f"{type(first).__name__} with activation {getattr(first, 'act_fn', None)}")
     return MoeSpec(
         num_experts=len(experts),
-        hidden_size=gate.in_features,
-        intermediate_size=gate.out_features,
-        dtype=gate.weight.dtype,
+        hidden_size=linears[0].in_features,
+        intermediate_size=linears[0].out_features,
+        dtype=linears[0].weight.dtype,
         names=names,
     )

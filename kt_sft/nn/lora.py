@@ -62,7 +62,7 @@ class ExpertsLinearLora(nn.Module, LoraLayer):
         if r <= 0:
             raise ValueError(f"r: expected a positive rank, got {r}; set lora_rank to at least 1")
         _refuse_variants(init_lora_weights, options)
-        base = self.get_base_layer()
+        base: Any = self.get_base_layer()
         self.r[adapter_name] = r
         self.lora_alpha[adapter_name] = lora_alpha
         self.scaling[adapter_name] = lora_alpha / math.sqrt(r) if use_rslora else lora_alpha / r
@@ -70,7 +70,7 @@ class ExpertsLinearLora(nn.Module, LoraLayer):
         self.use_dora[adapter_name] = False
         self.lora_bias[adapter_name] = False
         dropout = nn.Dropout(lora_dropout) if lora_dropout > 0 else nn.Identity()
-        self.lora_dropout.update(nn.ModuleDict({adapter_name: dropout}))
+        self.lora_dropout[adapter_name] = dropout
         self.lora_A[adapter_name] = ExpertFactor(base.num_experts, r, base.in_features)
         self.lora_B[adapter_name] = ExpertFactor(base.num_experts, base.out_features, r)
         self.reset_lora_parameters(adapter_name, init_lora_weights)
@@ -79,7 +79,7 @@ class ExpertsLinearLora(nn.Module, LoraLayer):
 
     def reset_lora_parameters(self, adapter_name: str, init_lora_weights: bool | str) -> None:
         """PEFT's initialisation, per expert: A uniform as nn.Linear (or normal with std 1/r), B zero; False: both."""
-        a, b = self.lora_A[adapter_name].weight, self.lora_B[adapter_name].weight
+        a, b = self._factors(adapter_name)
         bound_a, bound_b = 1 / math.sqrt(a.shape[2]), 1 / math.sqrt(b.shape[2])
         if init_lora_weights == "gaussian":
             nn.init.normal_(a, std=1 / self.r[adapter_name])
@@ -94,18 +94,20 @@ class ExpertsLinearLora(nn.Module, LoraLayer):
         """The active adapters of this projection; none while adapters are disabled."""
         if self.disable_adapters:
             return []
-        return [
-            LoraTerm(
-                a=self.lora_A[name].weight,
-                b=self.lora_B[name].weight,
-                scaling=self.scaling[name],
-                dropout=getattr(self.lora_dropout[name], "p", 0.0) if self.training else 0.0,
-            )
-            for name in self.active_adapters
-            if name in self.lora_A
-        ]
+        terms = []
+        for name in self.active_adapters:
+            if name in self.lora_A:
+                a, b = self._factors(name)
+                dropout = getattr(self.lora_dropout[name], "p", 0.0) if self.training else 0.0
+                terms.append(LoraTerm(a=a, b=b, scaling=self.scaling[name], dropout=dropout))
+        return terms
 
-    def forward(self, *args: Any, **kwargs: Any) -> NoReturn:
+    def _factors(self, adapter_name: str) -> tuple[nn.Parameter, nn.Parameter]:
+        a: Any = self.lora_A[adapter_name]
+        b: Any = self.lora_B[adapter_name]
+        return a.weight, b.weight
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self.base_layer(*args, **kwargs)  # raises: the parent computes
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
