@@ -30,6 +30,7 @@ VENV = Path(os.environ.get("VENV", ROOT / ".venv")).resolve()
 PYTHON = VENV / "bin" / "python"
 LOG = VENV / "setup.log"
 OVERLAYS = ROOT / ".cache" / "overlays"
+MINIMUM_PYTHON = (3, 10)
 TORCH = "torch==2.13.0"
 # Each release with what it needs beyond the main environment's packages.
 TRANSFORMERS_OVERLAYS = {
@@ -75,8 +76,6 @@ def has_cuda() -> bool:
 
 def create_venv() -> None:
     """``python3 -m venv`` without ensurepip (absent on Debian without python3-venv), then pip by the system's pip."""
-    if sys.version_info < (3, 10):
-        raise SetupError(f"Python: expected 3.10 or newer, got {sys.version.split()[0]}")
     for tool in ("gcc", "g++"):
         if not shutil.which(tool):
             raise SetupError(f"{tool} is missing: apt-get install g++ make")
@@ -153,6 +152,8 @@ def main() -> int:
         "--overlays", action="store_true", help="also the transformers releases of the compatibility tests"
     )
     options = parser.parse_args()
+    if tuple(sys.version_info) < MINIMUM_PYTHON:
+        sys.exit(f"Python: expected 3.10 or newer, got {sys.version.split()[0]}; choose one with make PYTHON=...")
     start, requirements = time.monotonic(), ROOT / "requirements.txt"
     cuda = "cuda" if has_cuda() else "cpu"
     sources = [ROOT / "csrc", ROOT / "CMakeLists.txt", ROOT / "pyproject.toml"]

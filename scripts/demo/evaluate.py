@@ -59,10 +59,11 @@ def answer(model, tokenizer, question: str) -> str:
 
 def load(model_dir: Path, adapter: Path, kt_config: dict):
     """The packed model with the adapter attached, and its tokenizer."""
-    import kt_sft
-    from kt_sft.integrations.peft import install
     from peft import PeftModel
     from transformers import AutoTokenizer
+
+    import kt_sft
+    from kt_sft.integrations.peft import install
 
     install()
     model = kt_sft.from_pretrained(str(model_dir), config=kt_config, dtype=torch.bfloat16)

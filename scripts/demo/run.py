@@ -59,7 +59,8 @@ def summary(output: Path) -> str:
     results = json.loads((output / "train_results.json").read_text())
     speeds = [entry["tokens_per_second"] for entry in history if "tokens_per_second" in entry]
     speed = f", {sum(speeds) / len(speeds):.0f} tok/s" if speeds else ""
-    return f"loss {history[0]['loss']:.2f} -> {history[-1]['loss']:.2f} in {results['train_runtime']:.0f} s of steps{speed}"
+    first, last = history[0]["loss"], history[-1]["loss"]
+    return f"loss {first:.2f} -> {last:.2f} in {results['train_runtime']:.0f} s of steps{speed}"
 
 
 def main() -> int:
