@@ -10,13 +10,14 @@
 from __future__ import annotations
 
 import functools
+import json
 import os
 from collections.abc import Callable
 from importlib.metadata import version
 from types import ModuleType
 from typing import Any
 
-from kt_sft.config import KtConfig
+from kt_sft.config import ENV_CONFIG, KtConfig
 
 
 def patch_config_args(config_args: ModuleType) -> None:
@@ -37,12 +38,13 @@ def patch_config_args(config_args: ModuleType) -> None:
 def export_settings(block: dict[str, Any]) -> None:
     """Validate a ``kt_config`` block and put it into this process's environment, which the workers inherit.
 
+    It is handed over as it was written, so that a training YAML that contradicts it is noticed there.
+
     Raises:
         ValueError: an unknown key or value, with the nearest valid name.
     """
-    config = KtConfig.from_dict(block, source="kt_config of the accelerate file")
-    if block.get("enabled", True):
-        os.environ.update(config.to_env())
+    if KtConfig.from_dict(block, source="kt_config of the accelerate file").enabled:
+        os.environ[ENV_CONFIG] = json.dumps(block)
         os.environ["ACCELERATE_USE_KT"] = "true"
 
 

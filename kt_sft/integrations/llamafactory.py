@@ -130,11 +130,14 @@ def patch_loader(loader: ModuleType) -> None:
         _share_cores(config)
         _prefer_native_classes(model_args)
         model_dir = _local_checkpoint(loader, model_args)
+        name = model_args.model_name_or_path
+        model_args.model_name_or_path = config.non_expert_weight_path or name
         model_args.use_kt = True  # LLaMA-Factory's adapter code asks it: one adapter, never merged
         try:
-            with experts_on_cpu(model_dir, config):
+            with experts_on_cpu(config.expert_checkpoint_path or model_dir, config):
                 model = stock_load_model(tokenizer, model_args, finetuning_args, is_trainable, add_valuehead)
         finally:
+            model_args.model_name_or_path = name
             model_args.use_kt = False  # or run_sft refuses predict_with_generate and compute_accuracy
         logger.info("%s", describe(model))
         return model
@@ -178,7 +181,6 @@ def _local_checkpoint(loader: ModuleType, model_args: Any) -> str:
             token=model_args.hf_hub_token,
             ignore_patterns=["*.bin", "*.pt", "*.pth", "*.gguf", "*.h5", "*.msgpack"],
         )
-        model_args.model_name_or_path = path
     return path
 
 

@@ -93,7 +93,23 @@ def resolve(args: Args, settings: dict[str, Any]) -> tuple[Args, KtConfig | None
         if settings:
             logger.warning("%s is false: %s not used.", SWITCH, ", ".join(sorted(settings)))
         return args, None
-    return args, KtConfig.from_dict({**KtConfig.env_settings(), **settings}, source=_source())
+    return args, _validated(settings)
+
+
+def _validated(settings: dict[str, Any]) -> KtConfig:
+    """The settings of the arguments together with those that accelerate launch left in the environment."""
+    inherited, source = KtConfig.env_settings(), _source()
+    for key in inherited.keys() & settings.keys():
+        if inherited[key] != settings[key]:
+            raise ValueError(
+                f"{source}: {key}: {settings[key]!r} contradicts {inherited[key]!r} in the accelerate file; keep one."
+            )
+    if inherited:
+        source += " with the accelerate file"
+    config = KtConfig.from_dict({**inherited, **settings}, source=source)
+    if not config.enabled:
+        raise ValueError(f"{source}: {SWITCH} is on but kt_config says enabled: false; keep one of them.")
+    return config
 
 
 def _environment_switch() -> str | None:
@@ -190,9 +206,21 @@ def refuse_unsupported(model_args: Any, finetuning_args: Any, training_args: Any
             f"DeepSpeed ZeRO-3 cannot be used with {SWITCH}: it partitions every module's parameters on its own. "
             "Use ZeRO-2, or FSDP2 with configs/accelerate/fsdp2_kt_int8.yaml."
         )
+    if training_args is not None and _fsdp1(training_args):
+        raise ValueError(
+            f"FSDP version 1 cannot be used with {SWITCH}: it flattens the experts' LoRA factors one by one, outside "
+            "of the layer that computes with them. Use fsdp_version: 2, as in configs/accelerate/fsdp2_kt_int8.yaml."
+        )
 
 
 def _zero3() -> bool:
     from transformers.integrations import is_deepspeed_zero3_enabled
 
     return is_deepspeed_zero3_enabled()
+
+
+def _fsdp1(training_args: Any) -> bool:
+    """FSDP1, asked for through accelerate launch (environment) or through the Trainer's own ``fsdp`` option."""
+    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() in ("true", "1"):
+        return os.environ.get("FSDP_VERSION", "1") == "1"
+    return bool(training_args.fsdp) and int(training_args.fsdp_config.get("version", 1)) == 1

@@ -16,7 +16,8 @@ pytest.importorskip("accelerate")
 from accelerate.commands.config.config_args import ClusterConfig, load_config_from_file
 
 from kt_sft.integrations import hooks
-from kt_sft.integrations.accelerate import patch_config_args
+from kt_sft.integrations.accelerate import export_settings, patch_config_args
+from kt_sft.integrations.llamafactory_args import resolve
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = sorted((ROOT / "configs/accelerate").glob("*.yaml"))
@@ -50,21 +51,23 @@ def test_block_goes_to_the_environment(environment, tmp_path, suffix):
     config = load_config_from_file(str(path))
     assert isinstance(config, ClusterConfig) and not hasattr(config, "kt_config")
     assert os.environ["ACCELERATE_USE_KT"] == "true"
-    from kt_sft.integrations.llamafactory_args import resolve
-
     _, received = resolve({}, {})
     assert received is not None
     assert (received.weight_format, received.num_threads) == ("int4", 96)
 
 
-def test_training_file_wins_over_accelerate_file(environment):
-    from kt_sft.integrations.accelerate import export_settings
-    from kt_sft.integrations.llamafactory_args import resolve
-
-    export_settings({"kt_num_threads": 3})
+def test_both_files_add_up(environment):
+    export_settings({"kt_num_threads": 3, "kt_backend": "AMXINT4"})
     _, config = resolve({}, {"use_kt": True, "kt_cpu_activation": "recompute", "kt_expert_weight_format": "int4"})
     assert config is not None
     assert (config.num_threads, config.activation_policy, config.weight_format) == (3, "recompute", "int4")
+
+
+@pytest.mark.parametrize("key", ["kt_backend", "kt_expert_weight_format", "weight_format"])
+def test_contradicting_files_are_refused(environment, key):
+    export_settings({"kt_backend": "AMXINT8"})  # also the default
+    with pytest.raises(ValueError, match="contradict"):
+        resolve({}, {"use_kt": True, key: "int4"})
 
 
 def test_disabled_block_changes_nothing(environment, tmp_path):

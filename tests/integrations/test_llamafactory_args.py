@@ -15,7 +15,7 @@ KNOWN = {"use_kt", "kt_weight_path", "output_dir"}
 
 @pytest.fixture(autouse=True)
 def no_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("USE_KT", "ACCELERATE_USE_KT", "KT_SFT_CONFIG"):
+    for name in ("USE_KT", "ACCELERATE_USE_KT", "KT_SFT_CONFIG", "ACCELERATE_USE_FSDP", "FSDP_VERSION"):
         monkeypatch.delenv(name, raising=False)
 
 
@@ -80,6 +80,11 @@ def test_settings_without_a_switch():
         resolve({}, {"kt_num_threads": 2})
 
 
+def test_switch_on_and_enabled_false():
+    with pytest.raises(ValueError, match="enabled: false"):
+        resolve({"use_kt": True}, {"use_kt": True, "enabled": False})
+
+
 def test_unknown_key_gets_the_nearest_name():
     with pytest.raises(ValueError, match="kt_expert_weight_format"):
         resolve({"use_kt": True}, {"use_kt": True, "kt_expert_weigth_format": "int8"})
@@ -89,7 +94,7 @@ def arguments(owner: str = "", **change) -> list[SimpleNamespace]:
     values = {
         "model": dict(adapter_name_or_path=None, quantization_bit=None, infer_backend="huggingface", use_unsloth=False),
         "finetuning": dict(finetuning_type="lora", stage="sft", use_dora=False, create_new_adapter=False),
-        "training": dict(do_train=True, fp8=False),
+        "training": dict(do_train=True, fp8=False, fsdp=[], fsdp_config={}),
     }
     if owner:
         values[owner].update(change)
@@ -143,3 +148,16 @@ def test_zero3(monkeypatch):
     monkeypatch.setattr(transformers.integrations, "is_deepspeed_zero3_enabled", lambda: True)
     with pytest.raises(ValueError, match="ZeRO-2"):
         refuse_unsupported(*arguments())
+
+
+@pytest.mark.parametrize(("version", "refused"), [("1", True), ("2", False)])
+def test_fsdp1(monkeypatch, version, refused):
+    by_trainer = arguments("training", fsdp=["full_shard"], fsdp_config={"version": int(version)})
+    monkeypatch.setenv("FSDP_VERSION", version)
+    for given in (by_trainer, arguments()):
+        if refused:
+            with pytest.raises(ValueError, match="fsdp_version: 2"):
+                refuse_unsupported(*given)
+        else:
+            refuse_unsupported(*given)
+        monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
