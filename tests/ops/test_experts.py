@@ -194,7 +194,7 @@ def test_double_backward_is_refused():
     layer = Case()
     out = layer.forward()
     (grad,) = torch.autograd.grad(out.sum(), layer.x, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable|does not require grad"):
+    with pytest.raises(RuntimeError, match=r"once_differentiable|does not require grad"):
         grad.sum().backward()
 
 

@@ -1,4 +1,4 @@
-"""Every kernel row that this CPU can run: one product per format, direction and odd shape, to the bound of fp32 sums."""
+"""Every kernel row that this CPU can run: products per format, direction and odd shape, to the bound of fp32 sums."""
 
 import pytest
 import torch

@@ -23,7 +23,7 @@ def _weights(E, D, F):
 def test_unpack_returns_the_quantised_values_bit_for_bit(shape, fmt, group):
     weights = _weights(*shape)
     packed = pack_experts(*weights, fmt, group)
-    for got, weight in zip(packed.dequantize(), weights):
+    for got, weight in zip(packed.dequantize(), weights, strict=True):
         for e in range(shape[0]):
             if fmt == "bf16":
                 expected = weight[e].to(torch.bfloat16)

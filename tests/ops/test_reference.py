@@ -25,7 +25,7 @@ def test_gradcheck_of_every_input():
     mask = torch.randint(0, 2, (T, K, F)).double() * 2
 
     def run(x, topk, *factors):
-        return moe_experts_reference(x, ids, topk, *weights, dict(zip(lora, factors)), 0.5, x * 2, mask)
+        return moe_experts_reference(x, ids, topk, *weights, dict(zip(lora, factors, strict=True)), 0.5, x * 2, mask)
 
     assert torch.autograd.gradcheck(run, (x, topk, *lora.values()))
 
