@@ -1,6 +1,6 @@
 """Stock PEFT (0.18.1 and later) on packed experts: targets, layers, files.
 
-``install()`` (idempotent) wraps four PEFT functions; models without packed experts go through unchanged:
+``install()`` (idempotent) wraps these PEFT functions; models without packed experts go through unchanged:
 
 - ``LoraModel._create_new_module``: a placeholder projection of ``KtExperts`` gets an ``ExpertsLinearLora``;
 - ``LoraModel.inject_adapter``: understands ``target_modules="all-linear"``, the name ``experts``, and adapters that
@@ -8,7 +8,8 @@
   names of the placeholders, so PEFT matches routed experts, shared experts and dense MLPs alike;
 - ``get_peft_model_state_dict`` / ``set_peft_model_state_dict``: files hold portable per-expert keys, and any layout of
   ``adapter_keys`` loads;
-- ``PeftModel.load_adapter``: an adapter of packed experts is read from safetensors only, never from a pickle.
+- ``PeftModel.load_adapter``: an adapter of packed experts is read from safetensors only, never from a pickle;
+- PEFT >= 0.19 rewrites per-expert targets for transformers 5's fused parameters: not where experts are packed.
 
 Everything else is stock: optimizers, clipping, ``disable_adapter``, several adapters, ``rank_pattern``, rsLoRA, LoRA+.
 
@@ -19,6 +20,7 @@ unexpected keys and applies the attention part only; use kt_sft there, or a PEFT
 
 from __future__ import annotations
 
+import importlib
 import os
 import re
 import sys
@@ -47,6 +49,7 @@ def install() -> None:
     peft_model.load_adapter = _wrap_load(peft_model.load_adapter)
     _replace_everywhere(save_and_load.get_peft_model_state_dict, _wrap_get(save_and_load.get_peft_model_state_dict))
     _replace_everywhere(save_and_load.set_peft_model_state_dict, _wrap_set(save_and_load.set_peft_model_state_dict))
+    _leave_names_alone()
 
 
 def expert_target_names(model: nn.Module) -> list[str]:
@@ -64,13 +67,35 @@ def _replace_everywhere(original: Any, wrapped: Any) -> None:
             setattr(module, name, wrapped)
 
 
+def _leave_names_alone() -> None:
+    try:
+        conversion = importlib.import_module("peft.utils.transformers_weight_conversion")
+    except ImportError:  # PEFT 0.18 has none; later ones import it with transformers 5 only
+        return
+    convert_config: Any = conversion.convert_peft_config_for_transformers
+    convert_state: Any = conversion.convert_peft_adapter_state_dict_for_transformers
+
+    @wraps(convert_config)
+    def config_unless_packed(peft_config: Any, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return None if experts_modules(model) else convert_config(peft_config, model, *args, **kwargs)
+
+    @wraps(convert_state)
+    def state_unless_packed(model: nn.Module, peft_config: Any, adapter_state_dict: Any, *args: Any, **kw: Any) -> Any:
+        if experts_modules(model):
+            return adapter_state_dict
+        return convert_state(model, peft_config, adapter_state_dict, *args, **kw)
+
+    setattr(conversion, convert_config.__name__, config_unless_packed)
+    setattr(conversion, convert_state.__name__, state_unless_packed)
+
+
 def _wrap_create(original: Any) -> Any:
     @wraps(original)
     def create_new_module(lora_config: Any, adapter_name: str, target: nn.Module, **kwargs: Any) -> nn.Module:
         from ..nn.lora import ExpertsLinearLora
 
         if isinstance(target, KtExpertsLinear):
-            return ExpertsLinearLora(target, adapter_name, **kwargs)
+            return ExpertsLinearLora(target, adapter_name, kwargs["r"], kwargs["lora_alpha"], lora_config)
         return original(lora_config, adapter_name, target, **kwargs)
 
     return create_new_module

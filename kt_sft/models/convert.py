@@ -23,6 +23,7 @@ from typing import Any, NoReturn
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from .. import native
 from ..config import KtConfig
 from ..nn.experts import KtExperts
 from ..ops import PackedExperts
@@ -49,6 +50,7 @@ def from_pretrained(path: StrPath, *, config: KtConfig | dict[str, Any] | None =
     settings = replace(as_config(config), **{k: options.pop(k) for k in list(options) if k in own})
     options.setdefault("dtype", "auto")
     path = os.fspath(path)
+    _set_threads(settings)
     with experts_on_cpu(path, settings, revision=options.get("revision")):
         return AutoModelForCausalLM.from_pretrained(settings.non_expert_weight_path or path, **options)
 
@@ -91,6 +93,7 @@ def experts_on_cpu(model_dir: StrPath, config: KtConfig, *, revision: str | None
 def convert_model(model: Any, config: KtConfig | dict[str, Any] | None = None) -> Any:
     """Pack the routed experts of a loaded model in place, freeing the originals layer by layer; returns the model."""
     settings = as_config(config)
+    _set_threads(settings)
     swapped = swap_experts(model, settings.activation_policy)
     if not swapped:
         raise _no_experts(model)
@@ -142,7 +145,7 @@ def fill_experts(model: Any, model_dir: StrPath, config: KtConfig, *, revision: 
     layers = {path: m for path, m in model.named_modules() if isinstance(m, KtExperts)}
     if not layers:
         raise _no_experts(model)
-    directory = _local(model_dir, revision)
+    directory = _local(config.expert_checkpoint_path or model_dir, revision)
     available = set(Checkpoint(directory).names())
     empty = {path: m for path, m in layers.items() if not m.is_loaded}
     by_size: dict[tuple[int, int, int], dict[str, KtExperts]] = {}
@@ -160,6 +163,11 @@ def fill_experts(model: Any, model_dir: StrPath, config: KtConfig, *, revision: 
         for path, m in group.items():
             m.packed = packed[path]
     _finish(model)
+
+
+def _set_threads(config: KtConfig) -> None:
+    if config.num_threads is not None:
+        native.set_num_threads(config.num_threads)
 
 
 def _finish(model: Any) -> None:

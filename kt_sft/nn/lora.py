@@ -17,7 +17,7 @@ import warnings
 from typing import Any, NoReturn
 
 import torch
-from peft.tuners.lora import LoraLayer
+from peft.tuners.lora import LoraConfig, LoraLayer
 from torch import nn
 
 from .experts import KtExpertsLinear, LoraTerm
@@ -37,31 +37,27 @@ class ExpertFactor(nn.Module):
 class ExpertsLinearLora(nn.Module, LoraLayer):
     """PEFT layer around a ``KtExpertsLinear``. The class name keeps PEFT's convention that "Linear" marks a target."""
 
-    def __init__(self, base_layer: KtExpertsLinear, adapter_name: str, **options: Any) -> None:
+    def __init__(
+        self, base_layer: KtExpertsLinear, adapter_name: str, r: int, lora_alpha: float, config: LoraConfig
+    ) -> None:
         super().__init__()
         with warnings.catch_warnings():  # PEFT warns about every layer class it does not list
             warnings.filterwarnings("ignore", message="Unsupported layer type")
             LoraLayer.__init__(self, base_layer)
         self.fan_in_fan_out = False
         self._active_adapter = adapter_name
-        self.update_layer(adapter_name, **options)
+        self.update_layer(adapter_name, r, lora_alpha, config)
 
     def update_layer(  # type: ignore[override]
-        self,
-        adapter_name: str,
-        r: int,
-        lora_alpha: float,
-        *,
-        lora_dropout: float = 0.0,
-        init_lora_weights: bool | str = True,
-        use_rslora: bool = False,
-        inference_mode: bool = False,
-        **options: Any,
+        self, adapter_name: str, r: int, lora_alpha: float, config: LoraConfig | None = None, **options: Any
     ) -> None:
-        """Add an adapter. ``options`` are PEFT's other LoRA settings: any that would change the result is refused."""
+        """Add an adapter with the settings of ``config`` (PEFT 0.18 passes them one by one, as ``options``)."""
+        settings = options if config is None else vars(config)
+        init_lora_weights, use_rslora = settings["init_lora_weights"], settings["use_rslora"]
+        lora_dropout, inference_mode = settings["lora_dropout"], settings.get("inference_mode", False)
         if r <= 0:
             raise ValueError(f"r: expected a positive rank, got {r}; set lora_rank to at least 1")
-        _refuse_variants(init_lora_weights, options)
+        _refuse_variants(init_lora_weights, settings)
         base: Any = self.get_base_layer()
         self.r[adapter_name] = r
         self.lora_alpha[adapter_name] = lora_alpha
@@ -120,17 +116,15 @@ class ExpertsLinearLora(nn.Module, LoraLayer):
         raise ValueError("unmerge: adapters are never merged into packed experts; nothing to undo")
 
 
-_VARIANTS = {
-    "use_dora": "DoRA (use_dora)",
-    "use_alora": "activated LoRA (alora_invocation_tokens)",
-    "use_qalora": "QALoRA (use_qalora)",
-    "lora_bias": "lora_bias",
-    "arrow_config": "Arrow (arrow_config)",
-}
+# Settings of LoraConfig (and of update_layer in PEFT 0.18) that make another method of it.
+_VARIANTS = (
+    *("use_dora", "use_alora", "alora_invocation_tokens", "use_qalora", "use_bdlora", "lora_bias"),
+    *("arrow_config", "kasa_config", "velora_config", "monteclora_config"),
+)
 
 
-def _refuse_variants(init_lora_weights: bool | str, options: dict[str, Any]) -> None:
-    wanted = [label for key, label in _VARIANTS.items() if options.get(key)]
+def _refuse_variants(init_lora_weights: bool | str, settings: dict[str, Any]) -> None:
+    wanted = [name for name in _VARIANTS if settings.get(name)]
     if isinstance(init_lora_weights, str) and init_lora_weights != "gaussian":
         wanted.append(f"init_lora_weights={init_lora_weights!r} (it needs the unpacked weight)")
     if wanted:

@@ -300,7 +300,7 @@ def test_untargeted_factors_and_pickles_are_refused(qwen: Path, tmp_path: Path) 
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"use_dora": True}, "DoRA"),
+        ({"use_dora": True}, "use_dora"),
         ({"init_lora_weights": "pissa"}, "pissa"),
         ({"init_lora_weights": "olora"}, "olora"),
         ({"lora_bias": True}, "lora_bias"),
