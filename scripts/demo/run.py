@@ -42,7 +42,8 @@ def train(overrides: list[str]) -> float:
         "USE_KT": "1",
         "HF_HUB_OFFLINE": "1",
         "TOKENIZERS_PARALLELISM": "false",
-        "GRADIO_ANALYTICS_ENABLED": "0",
+        "OMP_WAIT_POLICY": "passive",  # torch's idle threads must not spin on cores that the experts' kernels use
+        "LLAMAFACTORY_VERBOSITY": "WARN",
     }
     start = time.monotonic()
     code = subprocess.call(command, cwd=paths.ROOT, env={**os.environ, **environment})
@@ -89,7 +90,7 @@ def main() -> int:
     compare(model_dir, output, values["kt_config"], console)
     compare_seconds = time.monotonic() - compare_seconds
     console.print(f"training   {summary(output)}")
-    console.print(f"adapter    {output.relative_to(paths.ROOT)}/adapter_model.safetensors, loss plot training_loss.png")
+    console.print(f"adapter    {os.path.relpath(output)}/adapter_model.safetensors, loss plot training_loss.png")
     total = time.monotonic() - start
     console.print(
         f"time       {total:.0f} s: training {seconds:.0f} s with loading, comparison {compare_seconds:.0f} s"
