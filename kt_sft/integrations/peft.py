@@ -14,8 +14,8 @@
 Everything else is stock: optimizers, clipping, ``disable_adapter``, several adapters, ``rank_pattern``, rsLoRA, LoRA+.
 
 What a written adapter needs elsewhere: on transformers 4, stock PEFT loads it as it is (each expert is a Linear there).
-On transformers 5 the experts are fused 3-D parameters: stock PEFT 0.18 finds no Linear of these names, warns about
-unexpected keys and applies the attention part only; use kt_sft there, or a PEFT that converts per-expert adapters.
+On transformers 5 the experts are fused 3-D parameters: stock PEFT 0.18 finds no Linear of these names and silently
+applies the attention part only, so use kt_sft there; PEFT 0.19 and later convert per-expert adapters (0.21 checked).
 """
 
 from __future__ import annotations

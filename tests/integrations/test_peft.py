@@ -16,12 +16,12 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from kt_sft.config import KtConfig
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch.func import functional_call
 from transformers import AutoModelForCausalLM
 
+from kt_sft.config import KtConfig
 from kt_sft.integrations import peft as kt_peft
 from kt_sft.models.convert import from_pretrained
 from kt_sft.nn.experts import KtExperts
@@ -46,7 +46,9 @@ def qwen(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def load(checkpoint: Path) -> Any:
-    return from_pretrained(checkpoint, config=KtConfig(weight_format="bf16"), dtype=torch.float32).eval()
+    return from_pretrained(
+        checkpoint, config=KtConfig(weight_format="bf16", cache_dir="none"), dtype=torch.float32
+    ).eval()
 
 
 def lora(model: Any, **options: Any) -> LoraConfig:

@@ -8,15 +8,15 @@ from typing import Any
 
 import pytest
 import torch
-from kt_sft.config import KtConfig
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from kt_sft.config import KtConfig
 from kt_sft.models.convert import convert_model, experts_on_cpu, from_pretrained
 from kt_sft.nn.experts import KtExperts
 from tests.families import COMMON, rms_ratio, save_checkpoint, tiny_model, token_ids
 
-BF16 = {"weight_format": "bf16", "dtype": torch.float32}
+BF16: dict[str, Any] = {"weight_format": "bf16", "cache_dir": "none", "dtype": torch.float32}
 
 
 @pytest.fixture(scope="module")
@@ -45,11 +45,13 @@ def rewritten(source: Path, target: Path, rename: Any) -> Path:
 
 
 def test_options_go_to_kt_sft_or_to_transformers(mixtral: Path) -> None:
-    model = from_pretrained(mixtral, config={"weight_format": "bf16"}, weight_format="int8", dtype=torch.bfloat16)
+    model = from_pretrained(
+        mixtral, config={"kt_backend": "AMXBF16", "cache_dir": "none"}, weight_format="int8", dtype=torch.bfloat16
+    )
     experts = next(m for m in model.modules() if isinstance(m, KtExperts))
     assert experts.packed.weight_format == "int8"
     assert model.lm_head.weight.dtype == experts.weight.dtype == torch.bfloat16
-    model = from_pretrained(mixtral, activation_policy="recompute")
+    model = from_pretrained(mixtral, activation_policy="recompute", cache_dir="none")
     assert next(m for m in model.modules() if isinstance(m, KtExperts)).activation_policy == "recompute"
     assert model.lm_head.weight.dtype == torch.float32
 
@@ -58,7 +60,7 @@ def test_context_works_with_any_auto_class_and_leaves_transformers_as_it_was(
     mixtral: Path, expected: torch.Tensor
 ) -> None:
     before = (PreTrainedModel.post_init, PreTrainedModel.__dict__["from_pretrained"])
-    with experts_on_cpu(mixtral, KtConfig(weight_format="bf16")):
+    with experts_on_cpu(mixtral, KtConfig(weight_format="bf16", cache_dir="none")):
         model = AutoModelForCausalLM.from_pretrained(mixtral, dtype=torch.float32).eval()
     assert before == (PreTrainedModel.post_init, PreTrainedModel.__dict__["from_pretrained"])
     assert rms_ratio(logits(model), expected) < 1e-2

@@ -11,17 +11,17 @@ from typing import Any
 
 import pytest
 import torch
-from kt_sft.config import KtConfig
 from peft import LoraConfig, get_peft_model
 from torch.func import functional_call
 from transformers import AutoModelForCausalLM
 
+from kt_sft.config import KtConfig
 from kt_sft.integrations import peft as kt_peft
 from kt_sft.models.convert import convert_model, from_pretrained
 from kt_sft.nn.experts import KtExperts
 from tests.families import FAMILIES, dense_weights, rms_ratio, save_checkpoint, tiny_model, token_ids
 
-BF16 = KtConfig(weight_format="bf16")
+BF16 = KtConfig(weight_format="bf16", cache_dir="none")
 ATTENTION = ["q_proj", "o_proj", "kv_b_proj"]
 
 
