@@ -215,8 +215,11 @@ def _expert(original: nn.Module, experts: KtExperts, index: int) -> tuple[Tensor
 
 
 def _no_experts(model: Any) -> ValueError:
+    classes = {type(module).__name__ for module in model.modules()}
+    similar = sorted(name for name in classes if re.search("(?i)expert|moe$", name))
+    found = f"experts of an unsupported kind ({', '.join(similar)})" if similar else "a model without routed experts"
     return ValueError(
-        f"{type(model).__name__}: expected a Mixture-of-Experts model, got one without routed experts; "
+        f"{type(model).__name__}: expected experts with the common interface of transformers 5, got {found}; "
         "load it without kt_sft (use_kt: false)"
     )
 

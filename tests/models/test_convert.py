@@ -116,9 +116,9 @@ def test_dense_model_is_refused(tmp_path: Path) -> None:
     AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **COMMON, intermediate_size=64)).save_pretrained(
         tmp_path
     )
-    with pytest.raises(ValueError, match=r"LlamaForCausalLM.*without routed experts"):
+    with pytest.raises(ValueError, match=r"LlamaForCausalLM.*a model without routed experts"):
         from_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=r"LlamaForCausalLM.*without routed experts"):
+    with pytest.raises(ValueError, match=r"LlamaForCausalLM.*a model without routed experts"):
         convert_model(AutoModelForCausalLM.from_pretrained(tmp_path))
 
 
@@ -127,7 +127,7 @@ def test_meta_weights_are_refused() -> None:
         convert_model(tiny_model("mixtral").to("meta"))
 
 
-UNSUPPORTED = {
+UNSUPPORTED: dict[str, tuple[dict[str, Any], str]] = {
     "gpt_oss": (dict(intermediate_size=64, num_local_experts=4, head_dim=16), r"GptOssExperts with tensors .*bias"),
     "mixtral": (dict(intermediate_size=40, num_local_experts=4, hidden_act="gelu"), "with activation"),
 }
