@@ -14,13 +14,12 @@ import json
 import os
 from collections.abc import Callable
 from importlib.metadata import version
-from types import ModuleType
 from typing import Any
 
 from kt_sft.config import ENV_CONFIG, KtConfig
 
 
-def patch_config_args(config_args: ModuleType) -> None:
+def patch_config_args(config_args: Any) -> None:
     """Accept ``kt_config`` wherever BaseConfig reads a file."""
     base = config_args.BaseConfig
     stock_process = base.process_config
@@ -48,7 +47,7 @@ def export_settings(block: dict[str, Any]) -> None:
         os.environ["ACCELERATE_USE_KT"] = "true"
 
 
-def patch_fsdp_utils(fsdp_utils: ModuleType) -> None:
+def patch_fsdp_utils(fsdp_utils: Any) -> None:
     """Save and load full adapter state dicts under FSDP2 (needed before accelerate 1.15)."""
     if _accelerate_version() >= (1, 15):
         return

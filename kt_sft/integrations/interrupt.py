@@ -1,5 +1,7 @@
 """Ctrl-C and the end of input in LLaMA-Factory's commands: one line and exit status 130, no traceback, no abort.
 
+It holds for every run of LLaMA-Factory in this environment, with ``use_kt`` or without.
+
 A ChatModel runs its event loop and ``generate`` in daemon threads. A daemon thread that still runs native code while
 the interpreter shuts down can abort the process (it is unwound through C++ frames that must not throw). So whoever
 leaves stops the loop, asks ``generate`` to end after the current token and waits for both: an interrupted chat at
@@ -15,7 +17,6 @@ import sys
 import threading
 import weakref
 from collections.abc import Callable
-from types import ModuleType
 from typing import Any
 
 INTERRUPTED = 128 + 2  # what a shell reports for SIGINT
@@ -40,12 +41,12 @@ def ending_cleanly(function: Callable, what: str, hint: str = "") -> Callable:
     return run
 
 
-def patch_launcher(launcher: ModuleType) -> None:
+def patch_launcher(launcher: Any) -> None:
     """``llamafactory-cli``: an interrupt that nothing closer caught (imports, data, torchrun's parent)."""
     launcher.launch = ending_cleanly(launcher.launch, "llamafactory-cli")
 
 
-def patch_chat_model(chat_model: ModuleType) -> None:
+def patch_chat_model(chat_model: Any) -> None:
     """``run_chat`` ends at Ctrl-C and at the end of piped input; every ChatModel can be stopped."""
     atexit.register(stop_generation)
     stock_init = chat_model.ChatModel.__init__
@@ -88,7 +89,7 @@ def stop_generation() -> bool:
     return not any(thread.is_alive() for thread in loops + generating)
 
 
-def patch_hf_engine(hf_engine: ModuleType) -> None:
+def patch_hf_engine(hf_engine: Any) -> None:
     """Let :func:`stop_generation` reach the engine's ``model.generate``."""
     stock_init = hf_engine.HuggingfaceEngine.__init__
 

@@ -6,7 +6,7 @@ Patched (see hooks.PATCHES):
     model.adapter    ``lora_target: all`` includes the routed experts
     train.tuner      ``export_model`` says what to do instead; Ctrl-C ends a training cleanly
 
-Runs without ``use_kt`` are untouched. The settings of the last parse belong to the process (:func:`active_config`):
+Loading and training without ``use_kt`` are untouched. The settings of the last parse belong to the process (:func:`active_config`):
 one process runs one configuration, and a reference model of the same run is loaded with the same settings.
 """
 
@@ -16,7 +16,6 @@ import functools
 import logging
 import os
 from collections.abc import Callable
-from types import ModuleType
 from typing import Any
 
 from kt_sft.config import KtConfig
@@ -38,7 +37,7 @@ def active_config() -> KtConfig | None:
     return _active
 
 
-def patch_parser(parser: ModuleType) -> None:
+def patch_parser(parser: Any) -> None:
     """Replace the version check of the forks, the three argument parsers and the KT post-processing."""
     parser.check_version = _without_forks(parser.check_version)
     for name in ("train", "infer", "eval"):
@@ -108,7 +107,7 @@ def _one_gpu_per_process(get_train_args: Callable) -> Callable:
     return get
 
 
-def patch_loader(loader: ModuleType) -> None:
+def patch_loader(loader: Any) -> None:
     """Load models with their routed experts packed."""
     for name in _LATER_HOOKS:
         if hasattr(loader, name):
@@ -168,7 +167,7 @@ def _prefer_native_classes(model_args: Any) -> None:
         model_args.trust_remote_code = False
 
 
-def _local_checkpoint(loader: ModuleType, model_args: Any) -> str:
+def _local_checkpoint(loader: Any, model_args: Any) -> str:
     """The folder of the checkpoint; a hub name is downloaded (or found in the hub's cache) first."""
     path = loader.try_download_model_from_other_hub(model_args)
     if not os.path.isdir(path):
@@ -195,13 +194,14 @@ def describe(model: Any) -> str:
     info = native.info()
     experts = sorted({p.num_experts for p in packed})
     gib = sum(p.nbytes for p in packed) / 2**30
+    threads = f"{info['threads']} thread{'s' if info['threads'] > 1 else ''}"
     return (
         f"kt_sft: {len(packed)} layers x {'/'.join(map(str, experts))} experts packed as {packed[0].weight_format}, "
-        f"{gib:.2f} GiB in host memory; {info['isa']} kernels, {info['threads']} threads."
+        f"{gib:.2f} GiB in host memory; {info['isa']} kernels, {threads}."
     )
 
 
-def patch_adapter(adapter: ModuleType) -> None:
+def patch_adapter(adapter: Any) -> None:
     """Add the routed experts to what ``lora_target: all`` finds."""
     stock_find = adapter.find_all_linear_modules
 
@@ -220,7 +220,7 @@ def patch_adapter(adapter: ModuleType) -> None:
     adapter.find_all_linear_modules = find_all_linear_modules
 
 
-def patch_tuner(tuner: ModuleType) -> None:
+def patch_tuner(tuner: Any) -> None:
     """Ctrl-C during training; a clear answer to ``export``."""
     tuner.run_exp = ending_cleanly(tuner.run_exp, "Training", "The last checkpoint in output_dir can be resumed.")
     stock_export = tuner.export_model

@@ -9,7 +9,6 @@ into the progress line, trainer_state.json and trainer_log.jsonl. Only runs with
 from __future__ import annotations
 
 import time
-from types import ModuleType
 from typing import Any
 
 KEY = "tokens_per_second"
@@ -41,7 +40,7 @@ class TokenMeter:
         return round(tokens / seconds, 1) if tokens > 0 and seconds > 0 else None
 
 
-def patch_callbacks(callbacks: ModuleType) -> None:
+def patch_callbacks(callbacks: Any) -> None:
     """Give LLaMA-Factory's LogCallback a token meter."""
     from .llamafactory import active_config
 

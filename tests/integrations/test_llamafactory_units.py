@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from contextlib import contextmanager
 from types import SimpleNamespace
 
 import pytest
@@ -87,3 +88,59 @@ def test_log_lines_go_where_llamafactory_logs(monkeypatch):
         assert ours.level == logging.WARNING
     finally:
         ours.setLevel(level)
+
+
+@pytest.fixture
+def loader(monkeypatch):
+    """A stand-in for llamafactory.model.loader that records what it is asked to load."""
+    from kt_sft.integrations import peft
+    from kt_sft.models import convert
+
+    calls: list[tuple[str, str, bool]] = []
+    experts: list[str] = []
+
+    @contextmanager
+    def experts_on_cpu(model_dir, config):
+        experts.append(model_dir)
+        yield
+
+    def load_model(tokenizer, model_args, finetuning_args, is_trainable=False, add_valuehead=False):
+        calls.append((experts[-1] if experts else "", model_args.model_name_or_path, model_args.use_kt))
+        return nn.Linear(2, 2)
+
+    monkeypatch.setattr(convert, "experts_on_cpu", experts_on_cpu)
+    monkeypatch.setattr(peft, "install", lambda: None)
+    module = SimpleNamespace(
+        load_model=load_model,
+        configure_kt_loading=lambda: pytest.fail("a hook of the forks was called"),
+        try_download_model_from_other_hub=lambda model_args: model_args.model_name_or_path,
+    )
+    llamafactory.patch_loader(module)
+    return SimpleNamespace(module=module, calls=calls)
+
+
+def load(loader, tmp_path, use_kt=True):
+    arguments = SimpleNamespace(model_name_or_path=str(tmp_path), use_kt=use_kt, trust_remote_code=False)
+    loader.module.load_model(None, arguments, None)
+    return arguments
+
+
+def test_load_model_hands_over_the_paths(loader, monkeypatch, tmp_path):
+    monkeypatch.setattr(llamafactory, "_active", KtConfig())
+    arguments = load(loader, tmp_path)
+    assert loader.calls == [(str(tmp_path), str(tmp_path), True)]
+    assert arguments.use_kt is False  # run_sft would refuse predict_with_generate
+    monkeypatch.setattr(llamafactory, "_active", KtConfig(expert_checkpoint_path="e", non_expert_weight_path="n"))
+    arguments = load(loader, tmp_path)
+    assert loader.calls[1] == ("e", "n", True)
+    assert arguments.model_name_or_path == str(tmp_path)
+
+
+def test_load_model_without_kt_is_stock(loader, monkeypatch, tmp_path):
+    monkeypatch.setattr(llamafactory, "_active", None)
+    load(loader, tmp_path, use_kt=False)
+    assert loader.calls == [("", str(tmp_path), False)]
+
+
+def test_hooks_of_the_forks_do_nothing(loader):
+    assert loader.module.configure_kt_loading("anything", key=1) is None
