@@ -7,6 +7,7 @@ import sys
 import typer
 
 from . import llamafactory, planned, version
+from .errors import CommandError
 
 app = typer.Typer(
     name="kt-sft",
@@ -27,9 +28,9 @@ def _default(context: typer.Context) -> None:
 
 
 def main() -> None:
-    """Console entry point; a ValueError or RuntimeError (bad input, bad environment) is one line, not a traceback."""
+    """Console entry point; a CommandError is one line, anything else keeps its traceback."""
     try:
         app()
-    except (ValueError, RuntimeError) as error:
+    except CommandError as error:
         sys.stderr.write(f"kt-sft: {error}\n")
         sys.exit(1)

@@ -11,6 +11,8 @@ import sys
 
 import typer
 
+from .errors import CommandError
+
 VERBS = {
     "train": "Train: kt-sft train FILE.yaml [key=value ...]",
     "chat": "Chat in the terminal: kt-sft chat FILE.yaml",
@@ -41,7 +43,7 @@ def run(verb: str, args: list[str]) -> None:
     """Run ``llamafactory-cli verb args`` in this process.
 
     Raises:
-        RuntimeError: llamafactory is missing, or torchrun's workers could not load the hooks.
+        CommandError: llamafactory is missing, or torchrun's workers could not load the hooks.
     """
     from kt_sft.integrations import hooks
 
@@ -50,10 +52,10 @@ def run(verb: str, args: list[str]) -> None:
     try:
         import llamafactory  # noqa: F401
     except ImportError as error:
-        raise RuntimeError(f"{verb} needs LLaMA-Factory ({error}): pip install 'kt-sft[llamafactory]'") from error
+        raise CommandError(f"{verb} needs LLaMA-Factory ({error}): pip install 'kt-sft[llamafactory]'") from error
     spawns = os.environ.get("FORCE_TORCHRUN", "0").lower() in ("1", "true", "y")
     if spawns and os.environ.get("TORCH_DEVICE_BACKEND_AUTOLOAD", "1") == "0":
-        raise RuntimeError("FORCE_TORCHRUN needs TORCH_DEVICE_BACKEND_AUTOLOAD unset: its workers load kt_sft by it.")
+        raise CommandError("FORCE_TORCHRUN needs TORCH_DEVICE_BACKEND_AUTOLOAD unset: its workers load kt_sft by it.")
     sys.argv = ["llamafactory-cli", verb, *args]
     from llamafactory.launcher import launch
 

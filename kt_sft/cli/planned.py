@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import typer
 
+from .errors import CommandError
+
 INSTEAD = {
     "eval": "kt-sft train with do_train: false and do_eval: true (compute_accuracy) or do_predict: true "
     "(predict_with_generate); LLaMA-Factory 0.9.5 has no eval verb any more.",
@@ -30,6 +32,6 @@ def register(app: typer.Typer) -> None:
 
 def _refusal(verb: str):
     def command() -> None:
-        raise ValueError(f"{verb} is not available yet: {INSTEAD[verb]}")
+        raise CommandError(f"{verb} is not available yet: {INSTEAD[verb]}")
 
     return command

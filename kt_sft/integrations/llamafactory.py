@@ -6,8 +6,9 @@ Patched (see hooks.PATCHES):
     model.adapter    ``lora_target: all`` includes the routed experts
     train.tuner      ``export_model`` says what to do instead; Ctrl-C ends a training cleanly
 
-Loading and training without ``use_kt`` are untouched. The settings of the last parse belong to the process (:func:`active_config`):
-one process runs one configuration, and a reference model of the same run is loaded with the same settings.
+Loading and training without ``use_kt`` are untouched. The settings of the last parse belong to the process
+(:func:`active_config`): one process runs one configuration, and a reference model of the same run is loaded with the
+same settings.
 """
 
 from __future__ import annotations

@@ -8,6 +8,7 @@ import sys
 import pytest
 
 from kt_sft.cli import llamafactory, planned, version
+from kt_sft.cli.errors import CommandError
 
 
 def kt_sft(*args: str) -> subprocess.CompletedProcess[str]:
@@ -34,7 +35,7 @@ def test_version_says_when_the_kernels_are_not_built(monkeypatch):
 @pytest.mark.parametrize("verb", sorted(planned.INSTEAD))
 def test_a_planned_verb_is_refused_in_one_line(verb):
     command = planned._refusal(verb)
-    with pytest.raises(ValueError, match=f"{verb} is not available yet: ") as error:
+    with pytest.raises(CommandError, match=f"{verb} is not available yet: ") as error:
         command()
     assert "\n" not in str(error.value)
 
@@ -57,5 +58,5 @@ def test_torchrun_needs_the_entry_point(monkeypatch):
     monkeypatch.setenv("TORCH_DEVICE_BACKEND_AUTOLOAD", "0")
     monkeypatch.setenv("USE_KT", "1")
     pytest.importorskip("llamafactory")
-    with pytest.raises(RuntimeError, match="TORCH_DEVICE_BACKEND_AUTOLOAD unset"):
+    with pytest.raises(CommandError, match="TORCH_DEVICE_BACKEND_AUTOLOAD unset"):
         llamafactory.run("train", ["x.yaml"])
