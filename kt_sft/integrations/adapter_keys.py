@@ -5,17 +5,15 @@ In the model one projection of one layer has ``lora_A`` (E, R, in) and ``lora_B`
 - portable, written here and read by stock PEFT on transformers 4, vLLM, SGLang and llama.cpp's converter:
   ``<block>.experts.<e>.gate_proj.lora_A.weight`` (R, in), ``...lora_B.weight`` (out, R); names as in the checkpoint's
   experts (Mixtral: ``block_sparse_moe.experts.<e>.w1``);
-- fused, written by PEFT's ``target_parameters`` on transformers 5: ``<block>.experts.base_layer.lora_{A,B}.weight`` for
-  gate_up_proj and ``<block>.experts.lora_{A,B}.weight`` for down_proj. Both factors are 2-D over (E * R): lora_A is
-  expert-slowest, lora_B is expert-fastest, and which of them faces the input depends on the PEFT version;
+- fused, written by PEFT's ``target_parameters`` on transformers 5: ``<block>.experts.lora_{A,B}.weight`` for one of
+  gate_up_proj and down_proj, ``<block>.experts.base_layer.lora_{A,B}.weight`` for the other. Both factors are 2-D over
+  (E * R): lora_A is expert-slowest, lora_B is expert-fastest, and which faces the input depends on the PEFT version;
 - the 3-D factors themselves, ``<block>.experts.gate_proj.lora_A.weight``.
 
 Pure functions on dictionaries; keys carry no adapter name, as in PEFT's files.
 """
 
 from __future__ import annotations
-
-import re
 
 import torch
 from torch import Tensor, nn
@@ -71,10 +69,8 @@ def _take_per_expert(state: dict[str, Tensor], base: str, path: str, experts: Kt
                     f"(missing {missing[0]}); the file is incomplete or of another model"
                 )
             state[f"{path}.{name}.{factor}.weight"] = torch.stack([state.pop(key) for key in keys])
-    stray = re.compile(rf"{re.escape(base)}\.(\d+)\.")
     for key in state:
-        match = stray.match(key)
-        if match:
+        if key.startswith(f"{base}.") and key.removeprefix(f"{base}.").split(".")[0].isdigit():
             raise ValueError(
                 f"adapter: expected experts 0..{experts.num_experts - 1} with projections {tuple(experts.names)}, "
                 f"got {key}; the file is of another model"
@@ -83,17 +79,19 @@ def _take_per_expert(state: dict[str, Tensor], base: str, path: str, experts: Kt
 
 def _take_fused(state: dict[str, Tensor], base: str, path: str, experts: KtExperts) -> None:
     D, F = experts.hidden_size, experts.intermediate_size
-    for inner, (inputs, outputs) in {"base_layer.": (D, 2 * F), "": (F, D)}.items():
+    for inner in ("base_layer.", ""):
         keys = [f"{base}.{inner}{factor}.weight" for factor in FACTORS]
         if not all(key in state for key in keys):
             continue
         lora_a, lora_b = (state.pop(key) for key in keys)
+        is_down = {lora_a.shape[1], lora_b.shape[0]} == {F, D}
+        inputs, outputs = (F, D) if is_down else (D, 2 * F)
         a_ERI, b_EOR = split_fused(lora_a, lora_b, experts.num_experts, inputs, outputs, keys[0])
-        if inner:
+        if is_down:
+            parts = {experts.names.down: (a_ERI, b_EOR)}
+        else:
             gate, up = experts.names.gate, experts.names.up
             parts = {gate: (a_ERI, b_EOR[:, :F]), up: (a_ERI.clone(), b_EOR[:, F:])}
-        else:
-            parts = {experts.names.down: (a_ERI, b_EOR)}
         for name, (a, b) in parts.items():
             state[f"{path}.{name}.lora_A.weight"], state[f"{path}.{name}.lora_B.weight"] = a, b.contiguous()
 

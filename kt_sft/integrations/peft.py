@@ -163,6 +163,9 @@ def _translate_parameters(config: Any, model: nn.Module) -> None:
     names = next(iter(experts_modules(model).values())).names
     experts = [f"experts.{getattr(names, role)}" for p in sorted(fused) for role in roles[p.rpartition(".")[2]]]
     config.target_parameters = sorted(parameters - fused) or None
+    for patterns in (config.rank_pattern, config.alpha_pattern):
+        for key in [key for key in patterns if key.endswith("gate_up_proj")]:
+            patterns[f"{key.removesuffix('gate_up_proj')}(?:{names.gate}|{names.up})"] = patterns.pop(key)
     if isinstance(config.target_modules, str):
         config.target_modules = rf"(?:{config.target_modules})|{_rewrite_list(experts, list(names))}"
     else:

@@ -23,6 +23,7 @@ from transformers import AutoModelForCausalLM
 
 from kt_sft.config import KtConfig
 from kt_sft.integrations import peft as kt_peft
+from kt_sft.integrations.adapter_keys import split_fused
 from kt_sft.models.convert import from_pretrained
 from kt_sft.nn.experts import KtExperts
 from tests.families import dense_weights, rms_ratio, save_checkpoint, tiny_model, token_ids
@@ -246,11 +247,14 @@ def test_stock_peft_on_transformers_4_loads_it(checkpoint: Path, targets: str, t
 
 
 @pytest.mark.skipif(not FUSED, reason="target_parameters on fused experts need transformers 5")
-def test_adapter_of_target_parameters_loads(checkpoint: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("parts", [["gate_up_proj", "down_proj"], ["gate_up_proj"]])
+def test_adapter_of_target_parameters_loads(checkpoint: Path, parts: list[str], tmp_path: Path) -> None:
     torch.manual_seed(5)
     stock = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
-    names = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
-    config = lora(load(checkpoint), target_modules=["q_proj"], target_parameters=names)
+    options: dict[str, Any] = {"target_parameters": [f"mlp.experts.{part}" for part in parts]}
+    if len(parts) == 1:
+        options["rank_pattern"] = {r".*\.gate_up_proj": 6}
+    config = lora(load(checkpoint), target_modules=["q_proj"], **options)
     stock = get_peft_model(stock, config).eval()
     stock.save_pretrained(tmp_path)
     model = PeftModel.from_pretrained(load(checkpoint), tmp_path).eval()
@@ -329,3 +333,10 @@ def test_models_without_packed_experts_are_untouched(tmp_path: Path) -> None:
     assert set(load_file(tmp_path / "adapter_model.safetensors")) == {
         f"base_model.model.model.layers.{i}.self_attn.q_proj.lora_{x}.weight" for i in (0, 1) for x in "AB"
     }
+
+
+def test_ambiguous_fused_layout_is_refused() -> None:
+    with pytest.raises(ValueError, match="ambiguous"):
+        split_fused(torch.zeros(8, 16), torch.zeros(16, 8), 4, 16, 16, "experts.lora_A.weight")
+    with pytest.raises(ValueError, match=r"expected factors of 3 experts of \(32, 16\), got"):
+        split_fused(torch.zeros(8, 16), torch.zeros(32, 8), 3, 16, 32, "experts.lora_A.weight")
