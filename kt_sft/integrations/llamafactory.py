@@ -194,11 +194,13 @@ def describe(model: Any) -> str:
         return "kt_sft: no routed experts in this model."
     info = native.info()
     experts = sorted({p.num_experts for p in packed})
+    parameters = sum(3 * p.num_experts * p.hidden_size * p.intermediate_size for p in packed) / 1e9
     gib = sum(p.nbytes for p in packed) / 2**30
     threads = f"{info['threads']} thread{'s' if info['threads'] > 1 else ''}"
     return (
-        f"kt_sft: {len(packed)} layers x {'/'.join(map(str, experts))} experts packed as {packed[0].weight_format}, "
-        f"{gib:.2f} GiB in host memory; {info['isa']} kernels, {threads}."
+        f"kt_sft: {len(packed)} layers x {'/'.join(map(str, experts))} experts ({parameters:.3g}B parameters, not in "
+        f"the counts above) packed as {packed[0].weight_format}, {gib:.2f} GiB in host memory; "
+        f"{info['isa']} kernels, {threads}."
     )
 
 

@@ -12,7 +12,9 @@ import torch
 def test_train_logs_one_line_about_the_experts(trained):
     lines = [line for line in trained.stderr.splitlines() + trained.stdout.splitlines() if "kt_sft:" in line]
     assert len(lines) == 1
-    assert re.search(r"2 layers x 8 experts packed as int8, \d+\.\d\d GiB .* kernels, \d+ threads?\.", lines[0])
+    assert re.search(
+        r"2 layers x 8 experts \(9.83e-05B .*\) packed as int8, \d+\.\d\d GiB .* kernels, \d+ threads?\.", lines[0]
+    )
 
 
 def test_train_reduces_the_loss(trained, workspace):

@@ -67,9 +67,11 @@ def test_threads_are_shared_by_the_processes_of_a_host(threads, monkeypatch):
 def test_report_counts_layers_experts_and_bytes(monkeypatch):
     model = nn.ModuleList(KtExperts(num_experts=4, hidden_size=64, intermediate_size=32) for _ in range(3))
     for experts in model:
-        experts._shared.packed = SimpleNamespace(num_experts=4, nbytes=2**30, weight_format="int4")
+        experts._shared.packed = SimpleNamespace(
+            num_experts=4, hidden_size=1000, intermediate_size=1000, nbytes=2**30, weight_format="int4"
+        )
     line = llamafactory.describe(model)
-    assert "3 layers x 4 experts packed as int4, 3.00 GiB" in line
+    assert "3 layers x 4 experts (0.036B parameters, not in the counts above) packed as int4, 3.00 GiB" in line
     assert native.info()["isa"] in line
     assert "no routed experts" in llamafactory.describe(nn.Linear(2, 2))
 

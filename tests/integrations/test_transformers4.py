@@ -36,7 +36,7 @@ def test_train_and_resume(old):
     version = old.run("python", "-c", "import transformers; print(transformers.__version__)")
     assert version.stdout.startswith("4.57")
     result = old.train("full")
-    assert "2 layers x 8 experts packed as int8" in result.stdout + result.stderr
+    assert "packed as int8, " in result.stdout + result.stderr
     old.train("resumed", resume_from_checkpoint=str(old.folder / "full/checkpoint-2"))
     full = old.losses("full")
     assert full[4] < full[1]
