@@ -47,7 +47,7 @@ def from_pretrained(path: StrPath, *, config: KtConfig | dict[str, Any] | None =
     from transformers import AutoModelForCausalLM
 
     own = {f.name for f in fields(KtConfig)}
-    settings = replace(as_config(config), **{k: options.pop(k) for k in list(options) if k in own})
+    settings = as_config(config, **{k: options.pop(k) for k in list(options) if k in own})
     options.setdefault("dtype", "auto")
     path = os.fspath(path)
     _set_threads(settings)
@@ -55,10 +55,9 @@ def from_pretrained(path: StrPath, *, config: KtConfig | dict[str, Any] | None =
         return AutoModelForCausalLM.from_pretrained(settings.non_expert_weight_path or path, **options)
 
 
-def as_config(config: KtConfig | dict[str, Any] | None) -> KtConfig:
-    if config is None:
-        return KtConfig()
-    return config if isinstance(config, KtConfig) else KtConfig.from_dict(config, source="config")
+def as_config(config: KtConfig | dict[str, Any] | None, **overrides: Any) -> KtConfig:
+    settings = config if isinstance(config, KtConfig) else KtConfig.from_dict(config or {}, source="config")
+    return replace(settings, **overrides)
 
 
 @contextmanager
@@ -90,9 +89,12 @@ def experts_on_cpu(model_dir: StrPath, config: KtConfig, *, revision: str | None
         base.post_init, base.from_pretrained = post_init, load
 
 
-def convert_model(model: Any, config: KtConfig | dict[str, Any] | None = None) -> Any:
-    """Pack the routed experts of a loaded model in place, freeing the originals layer by layer; returns the model."""
-    settings = as_config(config)
+def convert_model(model: Any, config: KtConfig | dict[str, Any] | None = None, **options: Any) -> Any:
+    """Pack the routed experts of a loaded model in place, freeing the originals layer by layer; returns the model.
+
+    ``options`` are fields of ``KtConfig`` and override ``config``.
+    """
+    settings = as_config(config, **options)
     _set_threads(settings)
     swapped = swap_experts(model, settings.activation_policy)
     if not swapped:
