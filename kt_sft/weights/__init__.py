@@ -1,0 +1,1 @@
+"""From a checkpoint on disk to packed experts in memory."""
