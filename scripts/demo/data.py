@@ -2,7 +2,7 @@
 
 LLaMA-Factory's sample "identity" teaches a model who it is; {{name}} and {{author}} are filled in here. Every ninth
 example is kept out of training: identity_heldout shows what was learnt beyond the examples, alpaca_heldout what the
-rest of the model's abilities look like afterwards.
+rest of the model's abilities look like afterwards. Some general examples are trained on too, against forgetting.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from . import fetch, paths
 logger = logging.getLogger(__name__)
 
 NAME = "Kestrel"
-AUTHOR = "the kt_sft demo"
+AUTHOR = "Ada"
 HOLD_OUT_EVERY = 9
-ALPACA_HELDOUT = 24
+ALPACA_TRAIN, ALPACA_HELDOUT = 40, 24
 ALPACA_MAX_CHARACTERS = 600
 
 
@@ -35,6 +35,7 @@ def make_data(folder: Path = paths.DATA) -> Path:
     sets = {
         "identity_train": [row for i, row in enumerate(identity) if i % HOLD_OUT_EVERY],
         "identity_heldout": identity[::HOLD_OUT_EVERY],
+        "alpaca_train": short[:ALPACA_TRAIN],
         "alpaca_heldout": short[-ALPACA_HELDOUT:],
     }
     folder.mkdir(parents=True, exist_ok=True)

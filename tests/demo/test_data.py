@@ -24,6 +24,8 @@ def test_held_out_examples_are_not_trained_on(folder: Path):
     assert (len(train), len(heldout)) == (80, 11)
     questions = {json.dumps(row, sort_keys=True) for row in train}
     assert not any(json.dumps(row, sort_keys=True) in questions for row in heldout)
+    assert (len(read(folder, "alpaca_train")), len(read(folder, "alpaca_heldout"))) == (40, 24)
+    assert not any(row in read(folder, "alpaca_train") for row in read(folder, "alpaca_heldout"))
 
 
 def test_names_are_filled_in(folder: Path):
@@ -33,7 +35,8 @@ def test_names_are_filled_in(folder: Path):
 
 def test_the_example_trains_on_a_registered_set(folder: Path):
     values = run.settings([])
-    assert values["dataset"] in json.loads((folder / "dataset_info.json").read_text())
+    registered = json.loads((folder / "dataset_info.json").read_text())
+    assert set(values["dataset"].split(",")) == {"identity_train", "alpaca_train"} <= set(registered)
     assert run.settings(["max_steps=2"])["max_steps"] == 2
 
 
