@@ -76,6 +76,7 @@ def jobs(trained, workspace):
         ("chat", {**chat, "adapter_name_or_path": full}),
         ("chat", {**chat, "adapter_name_or_path": full}),
         ("load", workspace.training("loaded", lora_target="q_proj,experts")),
+        ("load", workspace.training("stock", use_kt=None, kt_config=None)),
     ]
     return workspace.drive(*({"verb": verb, "args": job} for verb, job in args))
 
@@ -141,11 +142,10 @@ def test_use_kt_in_the_environment_alone(workspace):
     assert "packed as int8" in result.stdout + result.stderr
 
 
-def test_without_use_kt_nothing_changes(workspace):
-    args = workspace.training("stock", use_kt=None, kt_config=None, max_steps=1, save_steps=100)
-    result = workspace.run("llamafactory-cli", "train", workspace.write("stock.yaml", args))
-    assert "kt_sft" not in result.stdout + result.stderr
-    assert not any(".experts." in name for name in workspace.adapter("stock"))
+def test_a_later_run_without_use_kt_is_stock(jobs, workspace):
+    assert "KtExperts" not in jobs[7]["modules"]
+    assert "Qwen3MoeExperts" in jobs[7]["modules"]
+    assert not any(".experts." in name for name in jobs[7]["trainable"])
 
 
 def test_export_says_what_to_do_instead(trained, workspace):
