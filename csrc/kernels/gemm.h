@@ -140,13 +140,27 @@ inline void right_from_rows(const Ops::Elem* rows, Ops::Elem* tile) {
 // [32 q][16 c] -> right tile.
 inline void right_from_columns(const Ops::Elem* columns, Ops::Elem* tile) {
   if constexpr (sizeof(Ops::Elem) == 2) {
+    auto* pairs = reinterpret_cast<uint32_t*>(tile);
     for (int p = 0; p < kPairs; ++p)
-      for (int c = 0; c < 16; ++c) {
-        tile[p * 32 + 2 * c] = columns[(2 * p) * 16 + c];
-        tile[p * 32 + 2 * c + 1] = columns[(2 * p + 1) * 16 + c];
-      }
+      for (int c = 0; c < 16; ++c)
+        pairs[p * 16 + c] = uint32_t(columns[2 * p * 16 + c]) | uint32_t(columns[(2 * p + 1) * 16 + c]) << 16;
   } else {
     __builtin_memcpy(tile, columns, kTileElems * sizeof(Ops::Elem));
+  }
+}
+
+// [32 q][16 c] -> left tile: a transpose of 32-bit words, which are pairs of q in bf16.
+inline void left_from_columns(const Ops::Elem* columns, Ops::Elem* tile) {
+  constexpr int kWords = kTileSteps * sizeof(Ops::Elem) / 4;
+  alignas(64) Ops::Elem pairs[kTileElems];
+  alignas(64) uint32_t turned[256];
+  right_from_columns(columns, pairs);
+  for (int w = 0; w < kWords; w += 16) {
+    const uint32_t* at[16];
+    for (int i = 0; i < 16; ++i) at[i] = reinterpret_cast<const uint32_t*>(pairs) + (w + i) * 16;
+    transpose16(at, turned);
+    for (int c = 0; c < kTileRows; ++c)
+      __builtin_memcpy(reinterpret_cast<uint32_t*>(tile + c * kTileSteps) + w, turned + c * 16, 64);
   }
 }
 
@@ -163,8 +177,7 @@ inline void pack_tile(const PackArgs& p, int c, int q, Ops::Elem* tile) {
   if (p.side == Side::right) {
     right_from_columns(buffer, tile);
   } else {
-    for (int i = 0; i < kTileRows; ++i)
-      for (int s = 0; s < kTileSteps; ++s) tile[i * kTileSteps + s] = buffer[s * kTileRows + i];
+    left_from_columns(buffer, tile);
   }
 }
 

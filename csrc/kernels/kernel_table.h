@@ -53,8 +53,6 @@ struct KernelTable {
   double (*peak)(int64_t iterations);  // multiply-adds on registers only; returns the operations done
 };
 
-constexpr int64_t tiles(int64_t c, int64_t q) { return ceil_div(c, kTileRows) * ceil_div(q, kTileSteps); }
-
 // The table that KT_SFT_ISA names, or the best that this CPU runs. Throws if the CPU cannot run it.
 const KernelTable& kernels();
 void select_isa(const char* name);  // null or "auto": the best

@@ -19,6 +19,7 @@ struct Backward {
   // Only with LoRA; "small" is (wave rows, R) fp32, "rows" is (wave rows, F) bf16.
   float *small_b[3] = {}, *small_ha = nullptr;  // s dLin B per projection (times w for down), s w H A^T
   void *small_b_tiles[3] = {}, *ha_tiles = nullptr, *h_tiles = nullptr;
+  void* turned[3][2] = {};  // small^T per projection, for the gradients of b and of a
   uint16_t *dgate_up_rows[2] = {}, *h_rows = nullptr;
 
   Backward(const ExpertWeights& weights, const LayerCall& call, const LayerGrads& grads)
@@ -49,6 +50,8 @@ struct Backward {
     for (int p : {kGate, kUp, kDown}) {
       small_b[p] = ws.take<float>(rows * factors(p).rank);
       small_b_tiles[p] = plan.take_tiles(ws, factors(p).rank);
+      for (auto& tiles : turned[p])
+        tiles = ws.take<char>(plan.wave_tile_limit * ceil_div(factors(p).rank, kTileRows) * plan.kernels.tile_bytes);
       if (p != kDown && factors(p).rank > 0) dgate_up_rows[p] = ws.take<uint16_t>(rows * F);
     }
     if (factors(kDown).rank == 0) return;
@@ -200,7 +203,7 @@ struct Backward {
 
   // grad (R, width) += small^T big, or its transpose into (width, R), for columns [c0, c0 + nc) of one segment.
   struct FactorGradient {
-    const float* small;
+    void* small;  // left tiles of small^T
     int rank;
     DenseView big;  // (c = column, q = row of the segment)
     int width;
@@ -210,16 +213,16 @@ struct Backward {
   void factor_gradient(const Segment& s, const FactorGradient& g, int c0, int nc, const Plan::ThreadBuffers& b) const {
     for (int r0 = 0; r0 < g.rank; r0 += kMaxRows) {
       const int ranks = std::min(kMaxRows, g.rank - r0);
-      plan.kernels.pack(
-          {Side::left, {g.small, true, 1, g.rank}, r0, ranks, 0, s.rows, b.small, ceil_div(s.rows, kTileSteps)});
-      const GemmTerm term{b.small, s.rows, nullptr, &g.big};
+      const GemmTerm term{plan.tile(g.small, r0 / kTileRows, ceil_div(s.rows, kTileSteps)), s.rows, nullptr, &g.big};
       plan.kernels.gemm({Side::left, &term, 1, ranks, c0, nc, b.rows[0], nc, b.gemm});
-      for (int r = 0; r < ranks; ++r)
-        for (int c = 0; c < nc; ++c) {
-          float& to =
-              g.transposed ? g.grad[int64_t{c0 + c} * g.rank + r0 + r] : g.grad[int64_t{r0 + r} * g.width + c0 + c];
-          to += b.rows[0][r * nc + c];
-        }
+      const float* product = b.rows[0];
+      if (g.transposed) {
+        for (int c = 0; c < nc; ++c)
+          for (int r = 0; r < ranks; ++r) g.grad[int64_t{c0 + c} * g.rank + r0 + r] += product[r * nc + c];
+      } else {
+        for (int r = 0; r < ranks; ++r)
+          for (int c = 0; c < nc; ++c) g.grad[int64_t{r0 + r} * g.width + c0 + c] += product[r * nc + c];
+      }
     }
   }
 
@@ -231,8 +234,7 @@ struct Backward {
     FactorGradient g{};
     g.rank = f.rank, g.width = width, g.transposed = !of_a;
     g.grad = (of_a ? f.grad_a : f.grad_b) + int64_t{s.expert} * f.rank * width;
-    g.small = of_a ? small_b[p] : (p == kDown ? small_ha : gate_up.xa[p]);
-    g.small += row * f.rank;
+    g.small = turned_tiles(s, p, of_a);
     const int32_t* tokens = plan.token + s.row0;
     if (p == kDown) {
       g.big = of_a ? DenseView{h_rows + row * F, false, 1, F} : DenseView{grads.grad_out, false, 1, D, nullptr, tokens};
@@ -276,6 +278,26 @@ struct Backward {
       float* dob = small_b[kDown] + wave_row(s) * f.rank;
       for (int64_t i = 0; i < int64_t{s.rows} * f.rank; ++i) dob[i] *= keep_scale;
     });
+    parallel_for(int64_t{wave.end - wave.begin} * 6, [&](int64_t task, int) {
+      const Segment& s = plan.segments[wave.begin + task / 6];
+      const int p = static_cast<int>(task % 3), rank = factors(p).rank;
+      const bool of_a = task % 6 < 3;
+      if (rank == 0) return;
+      const float* small = of_a ? small_b[p] : (p == kDown ? small_ha : gate_up.xa[p]);
+      plan.kernels.pack({Side::left,
+                         {small + wave_row(s) * rank, true, 1, rank},
+                         0,
+                         rank,
+                         0,
+                         s.rows,
+                         turned_tiles(s, p, of_a),
+                         ceil_div(s.rows, kTileSteps)});
+    });
+  }
+
+  // small^T of a segment as left tiles [R tile][row tile]: as many as its 16-row tiles at most.
+  void* turned_tiles(const Segment& s, int p, bool of_a) const {
+    return plan.tile(turned[p][of_a], s.tile0, ceil_div(factors(p).rank, kTileRows));
   }
 
   void run_wave(const Wave& wave) const {

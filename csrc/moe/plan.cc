@@ -65,7 +65,6 @@ void Plan::take(Workspace& workspace) {
     ThreadBuffers b;
     b.gemm = workspace.take<char>(kernels.gemm_scratch_bytes);
     for (auto& rows : b.rows) rows = workspace.take<float>(int64_t{kMaxRows} * kMaxCols);
-    b.small = call.lora.any() ? workspace.take<char>(tiles(kMaxRows, kMaxRows) * kernels.tile_bytes) : nullptr;
     if (real) thread[t] = b;
   }
 }

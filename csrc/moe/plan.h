@@ -36,7 +36,6 @@ struct Plan {
   struct ThreadBuffers {
     void* gemm;
     float* rows[3];  // kMaxRows x kMaxCols each
-    void* small;     // a left operand of a LoRA gradient: kMaxRows x kMaxRows
   };
   ThreadBuffers* thread;
 

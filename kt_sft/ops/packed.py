@@ -19,8 +19,8 @@ _GATE, _UP, _DOWN = range(3)
 class PackedExperts:
     """E experts of shapes gate (F, D), up (F, D), down (D, F) in ``weight_format`` bf16, int8 or int4.
 
-    ``group_size`` is the number of input features that share a scale: 32, 64, 128 or 0 for one scale per output channel;
-    None takes the format's default (int8: 0, int4: 32).
+    ``group_size`` is the number of input features that share a scale: 32, 64, 128, or 0 for one scale per output
+    channel; None takes the format's default (int8: 0, int4: 32).
     """
 
     def __init__(

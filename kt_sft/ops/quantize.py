@@ -17,7 +17,7 @@ _INT4_FRACTIONS = (1.0, 0.96, 0.92, 0.88, 0.84, 0.8, 0.76, 0.72, 0.68)
 
 
 def resolve_group_size(weight_format: str, group_size: int | None) -> int:
-    """The group size in force: None is the format's default; 0 is per channel. Raises ValueError for others than 32, 64, 128."""
+    """The group size in force: None is the format's default, 0 is per channel; ValueError unless 32, 64 or 128."""
     if weight_format not in DEFAULT_GROUP_SIZE:
         raise ValueError(f"weight_format: expected one of {', '.join(DEFAULT_GROUP_SIZE)}; got {weight_format!r}")
     if group_size is None:
@@ -73,7 +73,7 @@ def quantize(w_NK: Tensor, weight_format: str, group_size: int) -> tuple[Tensor,
 
 
 def dequantize(codes_NK: Tensor, scales_NG: Tensor, group_size: int) -> Tensor:
-    """bf16(code * scale): the values that the kernels multiply with. Used by tests as the independent oracle of unpack."""
+    """bf16(code * scale): the values that the kernels multiply with; the independent oracle of unpacking."""
     columns = codes_NK.shape[1]
     scale_NK = scales_NG.float().repeat_interleave(group_size or columns, dim=1)[:, :columns]
     return (codes_NK.float() * scale_NK).to(torch.bfloat16)
