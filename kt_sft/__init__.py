@@ -8,7 +8,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from .config import KtConfig
-    from .models.convert import convert_model, from_pretrained
+    from .integrations.transformers import convert_model, from_pretrained
     from .ops import ExpertsLora, PackedExperts, moe_experts, pack_experts
 
 __all__ = [
@@ -24,8 +24,8 @@ __all__ = [
 
 _HOMES = {
     "KtConfig": "config",
-    "convert_model": "models.convert",
-    "from_pretrained": "models.convert",
+    "convert_model": "integrations.transformers",
+    "from_pretrained": "integrations.transformers",
     "ExpertsLora": "ops",
     "PackedExperts": "ops",
     "moe_experts": "ops",
