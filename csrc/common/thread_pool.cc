@@ -10,7 +10,10 @@
 #include <atomic>
 #include <chrono>
 #include <climits>
+#include <fstream>
 #include <mutex>
+#include <set>
+#include <string>
 #include <thread>
 
 #include "common/check.h"
@@ -101,11 +104,23 @@ struct Pool {
   alignas(64) std::atomic<uint32_t> done{0};
 };
 
-int available_cpus() {
+// The siblings of one core share its vector and tile units: its list of CPUs names the core.
+std::string core_of(int cpu) {
+  std::ifstream file("/sys/devices/system/cpu/cpu" + std::to_string(cpu) + "/topology/thread_siblings_list");
+  std::string siblings;
+  std::getline(file, siblings);
+  return siblings.empty() ? std::to_string(cpu) : siblings;
+}
+
+// Physical cores among the CPUs that this process may use.
+int available_cores() {
   cpu_set_t set;
   CPU_ZERO(&set);
   if (sched_getaffinity(0, sizeof set, &set) != 0) return 1;
-  return CPU_COUNT(&set) > 0 ? CPU_COUNT(&set) : 1;
+  std::set<std::string> cores;
+  for (int cpu = 0; cpu < CPU_SETSIZE; ++cpu)
+    if (CPU_ISSET(cpu, &set)) cores.insert(core_of(cpu));
+  return cores.empty() ? 1 : static_cast<int>(cores.size());
 }
 
 // Leaked on purpose: workers may outlive main() and a static destructor must not pull memory from under them.
@@ -118,7 +133,7 @@ void forget_after_fork() {
   pool_mutex = new std::mutex;
 }
 
-int wanted() { return wanted_threads > 0 ? wanted_threads : (wanted_threads = available_cpus()); }
+int wanted() { return wanted_threads > 0 ? wanted_threads : (wanted_threads = available_cores()); }
 
 }  // namespace
 

@@ -10,7 +10,7 @@ namespace kt_sft {
 
 using TaskFn = void (*)(void* context, int64_t task, int thread);
 
-int num_threads();
+int num_threads();                  // by default the physical cores that this process may use
 void set_num_threads(int threads);  // >= 1; takes effect at the next loop
 void run_tasks(int64_t tasks, TaskFn fn, void* context);
 
