@@ -149,5 +149,5 @@ def check_usable() -> None:
     for name, error in _failures.items():
         raise RuntimeError(
             f"kt_sft does not fit the installed {name.partition('.')[0]} ({name}: {error}). "
-            "Tested: llamafactory 0.9.5, transformers 4.57.6 and 5.6.0, accelerate 1.11.0."
+            "Tested: llamafactory 0.9.5, transformers 4.57.6 and 5.6.0, accelerate 1.11.0 and 1.15.0."
         ) from error
