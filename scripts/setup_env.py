@@ -35,7 +35,7 @@ TORCH = "torch==2.13.0"
 # Each release with what it needs beyond the main environment's packages.
 TRANSFORMERS_OVERLAYS = {
     "4.57.6": ["transformers==4.57.6", "huggingface-hub==0.36.0"],
-    "5.23.0": ["transformers==5.23.0"],
+    "5.23.0": ["transformers==5.23.0", "tokenizers>=0.23.1,<0.24"],
 }
 
 
