@@ -156,7 +156,7 @@ def _crc_of_file(fd: int, start: int, nbytes: int) -> int:
 
 
 class PackedWriter:
-    """Writes one file: ``put`` every expert of every layer, then ``commit``. Leaving the context removes an unfinished one.
+    """Writes one file: ``put`` every expert of every layer, then ``commit``. An unfinished one is removed on leaving.
 
     Raises:
         OSError: the disk is full or refuses; the file that was there before is untouched.

@@ -5,8 +5,8 @@ written to the cache file, which is mapped at the end. Memory beyond the mapped 
 with ``cache_dir: none`` it is the packed experts themselves and these few tensors.
 
 A cache file belongs to the checkpoint that it came from: the shards' names, sizes and times, config.json, and the
-expert tensors' names, shapes, dtypes and samples of their bytes. With ``weight_path`` the times do not count, so that a copy
-on another machine stays usable. A file that does not fit is rebuilt, and one log line says why.
+expert tensors' names, shapes, dtypes and samples of their bytes. With ``weight_path`` the times do not count, so that a
+copy on another machine stays usable. A file that does not fit is rebuilt, and one log line says why.
 """
 
 from __future__ import annotations
