@@ -37,7 +37,7 @@ MEASURE = """
         model, separate_layers(layers), num_experts=E, hidden_size=D, intermediate_size=F,
         config=KtConfig(cache_dir=cache), progress=False,
     )
-    total = sum(int(p.storage.sum()) for p in packed.values())
+    touched = [p.storage.max() for p in packed.values()]  # sum() would make an int64 copy
     print(sum(p.nbytes for p in packed.values()), peak() - before)
 """
 
@@ -81,6 +81,4 @@ def test_peak_while_loading(tmp_path, layers, cached):
     assert done.returncode == 0, done.stderr
     packed, grown = map(int, done.stdout.split())
     assert 0.4 * size < packed < 0.6 * size
-    assert packed * 0.9 < grown < packed + 1e9 * min(1, size / 4e9 + 0.25), (
-        f"{grown / 1e9:.2f} GB for {packed / 1e9:.2f}"
-    )
+    assert 0.9 * packed < grown < packed + 0.4e9, f"{grown / 1e9:.2f} GB for {packed / 1e9:.2f}"
