@@ -37,7 +37,6 @@ _SYNONYMS = {
     "backend": "weight_format",
     "cpu_activation": "activation_policy",
     "cpuinfer": "num_threads",
-    "threadpool_count": "numa_nodes",
 }
 _BACKENDS = {"amxbf16": "bf16", "amxint8": "int8", "amxint4": "int4"}
 _FORMATS_TO_COME = ("fp8", "rawint4", "mxfp4", "llamafile")
@@ -56,6 +55,7 @@ _WITHOUT_MEANING = frozenset(
         "share_backward_bb",
         "share_cache_pool",
         "skip_expert_loading",
+        "threadpool_count",
         "tp_enabled",
         "weight_lifecycle",
     }
@@ -80,7 +80,6 @@ class KtConfig:
         group_size: input features per scale: 32, 64, 128, or 0 for one scale per output channel; None: the format's.
         activation_policy: retain keeps the layer's activations for backward, recompute only its inputs.
         num_threads: threads of the kernels; None: the physical cores this process may use.
-        numa_nodes: NUMA nodes to spread over; None: all.
         cache_dir: folder of packed experts, or "none" to keep none on disk; None: $KT_SFT_CACHE or ~/.cache/kt_sft.
         weight_path: folder with experts packed beforehand, used instead of the cache.
         expert_checkpoint_path: folder with the safetensors of the experts, if not the model's own.
@@ -92,7 +91,6 @@ class KtConfig:
     group_size: int | None = None
     activation_policy: ActivationPolicy = "retain"
     num_threads: int | None = None
-    numa_nodes: int | None = None
     cache_dir: str | None = None
     weight_path: str | None = None
     expert_checkpoint_path: str | None = None
@@ -114,10 +112,9 @@ class KtConfig:
                     f"group_size: expected nothing, since bf16 has no scales; got {self.group_size}; "
                     "leave it out or choose weight_format int8 or int4"
                 )
-        for name in ("num_threads", "numa_nodes"):
-            value = getattr(self, name)
-            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-                raise ValueError(f"{name}: expected a whole number of at least 1, got {value!r}; leave it out for all")
+        value = self.num_threads
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+            raise ValueError(f"num_threads: expected a whole number of at least 1, got {value!r}; leave it out for all")
         for name in _PATHS:
             value = getattr(self, name)
             if value is not None and (not isinstance(value, str | os.PathLike) or not os.fspath(value)):
@@ -197,7 +194,7 @@ class KtConfig:
 
 _FIELDS = {f.name: f for f in fields(KtConfig)}
 _PATHS = ("cache_dir", "weight_path", "expert_checkpoint_path", "non_expert_weight_path")
-_NUMBERS = ("group_size", "num_threads", "numa_nodes")
+_NUMBERS = ("group_size", "num_threads")
 
 
 def _strip(key: Any, source: str) -> str:

@@ -27,7 +27,6 @@ from kt_sft.config import KtConfig
         ("kt_activation_policy", '{"cpu":"recompute","gpu":"retain"}', "activation_policy", "recompute"),
         ("kt_num_threads", 3, "num_threads", 3),
         ("kt_num_threads", "3", "num_threads", 3),
-        ("kt_threadpool_count", 2, "numa_nodes", 2),
         ("group_size", "64", "group_size", 64),
         ("kt_weight_path", "/w", "weight_path", "/w"),
         ("kt_expert_checkpoint_path", "/e", "expert_checkpoint_path", "/e"),

@@ -17,6 +17,7 @@ from torch.autograd.function import once_differentiable
 from kt_sft import native
 
 from .packed import PackedExperts
+from .threads import keep_openmp_from_spinning
 
 FACTORS = ("gate_a", "gate_b", "up_a", "up_b", "down_a", "down_b")
 POLICIES = ("retain", "recompute")
@@ -183,6 +184,7 @@ def moe_experts(
     the hidden states only. Raises ValueError on shapes, dtypes, devices or expert ids that do not fit.
     """
     _check(hidden_states, topk_ids, topk_weights, packed, activation_policy)
+    keep_openmp_from_spinning()
     options: dict[str, Any] = {"lora": {}, "retain": activation_policy == "retain" and torch.is_grad_enabled()}
     factors: dict[str, Tensor] = {}
     x_lora = None

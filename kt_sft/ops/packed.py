@@ -121,11 +121,13 @@ class PackedExperts:
 
     def dequantize(self) -> tuple[Tensor, Tensor, Tensor]:
         """The bf16 values that enter every product: gate (E, F, D), up (E, F, D), down (E, D, F)."""
-        out = tuple(torch.empty(self.num_experts, *self._shape(p), dtype=torch.bfloat16) for p in (_GATE, _UP, _DOWN))
-        for projection, weights in enumerate(out):
-            for e in range(self.num_experts):
-                native.unpack(*self.native_args(), e, projection, weights[e])
-        return out
+        return self._unpack(_GATE), self._unpack(_UP), self._unpack(_DOWN)
+
+    def _unpack(self, projection: int) -> Tensor:
+        weights = torch.empty(self.num_experts, *self._shape(projection), dtype=torch.bfloat16)
+        for e in range(self.num_experts):
+            native.unpack(*self.native_args(), e, projection, weights[e])
+        return weights
 
     def __repr__(self) -> str:
         return (
