@@ -92,15 +92,17 @@ PackedMatrix checked_matrix(const ExpertWeights& w, int expert, int projection) 
 }
 
 void pack(const py::object& storage, int experts, int hidden, int intermediate, const std::string& format,
-          int group_size, int expert, int projection, const py::object& codes, const py::object& scales) {
+          int group_size, int expert, int projection, const py::object& weights) {
   const ExpertWeights w = expert_weights(storage, experts, hidden, intermediate, format, group_size);
   const PackedMatrix m = checked_matrix(w, expert, projection);
-  const bool scaled = has_scales(m.format);
-  const void* code_data = tensor<void>(codes, "codes", {scaled ? "torch.int8" : kBf16}, {m.rows, m.cols});
-  const uint16_t* scale_data = nullptr;
-  if (scaled) scale_data = tensor<uint16_t>(scales, "scales", {kBf16}, {m.rows, m.groups()});
-  py::gil_scoped_release release;
-  pack_matrix(m, code_data, scale_data);
+  std::string dtype;
+  const void* data = tensor<void>(weights, "weights", {kBf16, kF32}, {m.rows, m.cols}, &dtype);
+  bool finite;
+  {
+    py::gil_scoped_release release;
+    finite = pack_matrix(m, data, dtype == kF32);
+  }
+  KT_CHECK(finite, "weights: expected finite values, got NaN or Inf");
 }
 
 void unpack(const py::object& storage, int experts, int hidden, int intermediate, const std::string& format,

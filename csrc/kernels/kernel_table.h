@@ -36,6 +36,16 @@ struct PackArgs {
   int64_t q_stride;  // tiles from one row of tiles to the next
 };
 
+// 32 rows of a weight matrix, row-major bf16 or fp32, to be quantised into block row nb of dst.
+struct QuantizeArgs {
+  const void* weights;
+  bool is_float;
+  const PackedMatrix* dst;
+  int nb;
+  void* scratch;  // quantize_scratch_bytes
+};
+constexpr int64_t quantize_scratch_bytes(int64_t padded_cols) { return padded_cols * (3 * 4 + kBlock * 2); }
+
 struct KernelTable {
   const char* name;
   size_t tile_bytes;
@@ -50,7 +60,8 @@ struct KernelTable {
   void (*swiglu_backward)(const uint16_t* g, const uint16_t* u, const float* z, float w, int n, float* dg, float* du,
                           float* dw_parts);
   void (*to_bf16)(const float* from, int n, uint16_t* to);
-  double (*peak)(int64_t iterations);  // multiply-adds on registers only; returns the operations done
+  bool (*quantize_strip)(const QuantizeArgs&);  // false if a weight is NaN or Inf
+  double (*peak)(int64_t iterations);           // multiply-adds on registers only; returns the operations done
 };
 
 // The table that KT_SFT_ISA names, or the best that this CPU runs. Throws if the CPU cannot run it.

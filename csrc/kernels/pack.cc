@@ -1,41 +1,15 @@
 #include "kernels/pack.h"
 
+#include <atomic>
 #include <cstring>
+#include <vector>
 
 #include "common/bf16.h"
 #include "common/thread_pool.h"
+#include "kernels/kernel_table.h"
 
 namespace kt_sft {
 namespace {
-
-// Element (n, k) of the source, zero in the padding.
-template <class T>
-T element(const T* codes, const PackedMatrix& w, int n, int k) {
-  return n < w.rows && k < w.cols ? codes[int64_t{n} * w.cols + k] : T{0};
-}
-
-void pack_block(const PackedMatrix& w, const void* codes, int nb, int kb) {
-  uint8_t* block = const_cast<uint8_t*>(w.block(nb, kb));
-  for (int p = 0; p < kPairs; ++p) {
-    for (int i = 0; i < kBlock; ++i) {
-      const int n = nb * kBlock + i, k = kb * kBlock + 2 * p;
-      uint8_t* pair = block + (p * kBlock + i) * pair_bytes(w.format);
-      if (w.format == Format::bf16) {
-        const auto* source = static_cast<const uint16_t*>(codes);
-        const uint16_t values[2] = {element(source, w, n, k), element(source, w, n, k + 1)};
-        std::memcpy(pair, values, sizeof values);
-        continue;
-      }
-      const auto* source = static_cast<const int8_t*>(codes);
-      const int8_t low = element(source, w, n, k), high = element(source, w, n, k + 1);
-      if (w.format == Format::int8) {
-        pair[0] = static_cast<uint8_t>(low), pair[1] = static_cast<uint8_t>(high);
-      } else {
-        pair[0] = static_cast<uint8_t>((low & 0xf) | (high << 4));
-      }
-    }
-  }
-}
 
 float decode_element(const PackedMatrix& w, int n, int k) {
   const int nb = n / kBlock, kb = k / kBlock;
@@ -57,17 +31,14 @@ float decode_element(const PackedMatrix& w, int n, int k) {
 
 }  // namespace
 
-void pack_matrix(const PackedMatrix& dst, const void* codes, const uint16_t* scales) {
-  const int groups = dst.groups();
+bool pack_matrix(const PackedMatrix& dst, const void* weights, bool is_float) {
+  std::atomic<bool> finite{true};
   parallel_for(dst.row_blocks(), [&](int64_t nb, int) {
-    for (int kb = 0; kb < dst.col_blocks(); ++kb) pack_block(dst, codes, static_cast<int>(nb), kb);
-    auto* out = const_cast<uint16_t*>(dst.scales) + nb * groups * kBlock;
-    for (int g = 0; g < groups; ++g)
-      for (int i = 0; i < kBlock; ++i) {
-        const int64_t n = nb * kBlock + i;
-        out[g * kBlock + i] = n < dst.rows ? scales[n * groups + g] : 0;
-      }
+    static thread_local std::vector<char> scratch;
+    scratch.resize(quantize_scratch_bytes(int64_t{dst.col_blocks()} * kBlock));
+    if (!kernels().quantize_strip({weights, is_float, &dst, static_cast<int>(nb), scratch.data()})) finite = false;
   });
+  return finite;
 }
 
 void unpack_matrix(const PackedMatrix& src, uint16_t* out) {

@@ -22,6 +22,7 @@ using ActiveOps = Ops;
 #endif
 #include "kernels/gemm.h"
 #include "kernels/elementwise.h"
+#include "kernels/quantize.h"
 
 #define KT_STRING_(x) #x
 #define KT_STRING(x) KT_STRING_(x)
@@ -35,6 +36,7 @@ const KernelTable& table() {
                                       swiglu_hidden,
                                       swiglu_backward,
                                       to_bf16_row,
+                                      quantize_strip,
                                       ActiveOps::peak};
   return kTable;
 }

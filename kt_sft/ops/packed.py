@@ -11,7 +11,7 @@ from torch import Tensor
 
 from kt_sft import native
 
-from .quantize import QMAX, quantize, resolve_group_size
+from .quantize import resolve_group_size
 
 _GATE, _UP, _DOWN = range(3)
 
@@ -104,20 +104,12 @@ class PackedExperts:
                     f"{name}_proj of expert {index}: expected a float tensor of shape {self._shape(projection)}, "
                     f"got {weight.dtype} {tuple(weight.shape)}"
                 )
+            source = weight.detach().cpu()
+            source = source.to(torch.bfloat16 if source.dtype == torch.bfloat16 else torch.float32).contiguous()
             try:
-                codes, scales = self._codes(weight.detach().cpu())
+                native.pack(*self.native_args(), index, projection, source)
             except ValueError as error:
                 raise ValueError(f"{name}_proj of expert {index}: {error}") from None
-            native.pack(*self.native_args(), index, projection, codes, scales)
-
-    def _codes(self, weight: Tensor) -> tuple[Tensor, Tensor | None]:
-        if self.weight_format in QMAX:
-            return quantize(weight, self.weight_format, self.group_size)
-        codes = weight.to(torch.bfloat16).contiguous()
-        # isfinite(sum of 0 * w) finds a NaN or Inf in one pass without a mask of the weight's size
-        if not torch.isfinite((codes * 0).sum()):
-            raise ValueError("weights: expected finite values, got NaN or Inf")
-        return codes, None
 
     def dequantize(self) -> tuple[Tensor, Tensor, Tensor]:
         """The bf16 values that enter every product: gate (E, F, D), up (E, F, D), down (E, D, F)."""

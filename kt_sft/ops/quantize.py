@@ -1,4 +1,4 @@
-"""Symmetric quantisation of weight matrices to int8 and int4 codes with bf16 scales.
+"""Symmetric quantisation of weight matrices to int8 and int4 codes with bf16 scales, as the oracle of the kernels' own.
 
 For every row n and group g of ``group_size`` columns:  code = clamp(round(w / scale), -q, q),  w ~ bf16(code * scale),
 q = 127 (int8) or 7 (int4). int8 takes scale = max|w| / q, rounded up to bf16 so that nothing is clipped; int4 takes,
@@ -53,17 +53,17 @@ def quantize(w_NK: Tensor, weight_format: str, group_size: int) -> tuple[Tensor,
     qmax = QMAX[weight_format]
 
     def codes_for(scale_NG1: Tensor) -> Tensor:
-        inverse = torch.where(scale_NG1 > 0, 1.0 / scale_NG1, 0.0)
+        inverse = torch.where(scale_NG1 >= torch.finfo(torch.float32).tiny, 1.0 / scale_NG1, 0.0)
         return (w_NGg * inverse).round_().clamp_(-qmax, qmax)
 
     scale_NG1 = _bf16_ceil(peak_NG1 / qmax).float()
     codes_NGg = codes_for(scale_NG1)
     if weight_format == "int4":
-        best_NG1 = (codes_NGg * scale_NG1 - w_NGg).square_().sum(-1, keepdim=True)
+        best_NG1 = (codes_NGg * scale_NG1 - w_NGg).double().square_().sum(-1, keepdim=True)
         for fraction in _INT4_FRACTIONS[1:]:
             trial_NG1 = (peak_NG1 * (fraction / qmax)).to(torch.bfloat16).float()
             trial_codes = codes_for(trial_NG1)
-            error_NG1 = (trial_codes * trial_NG1 - w_NGg).square_().sum(-1, keepdim=True)
+            error_NG1 = (trial_codes * trial_NG1 - w_NGg).double().square_().sum(-1, keepdim=True)
             better = error_NG1 < best_NG1
             best_NG1 = torch.where(better, error_NG1, best_NG1)
             scale_NG1 = torch.where(better, trial_NG1, scale_NG1)
