@@ -4,8 +4,6 @@ VENV ?= .venv
 RUN := $(VENV)/bin/python
 export HF_HUB_OFFLINE = 1
 export TOKENIZERS_PARALLELISM = false
-# idle threads of torch must not spin on cores that the kernels use
-export OMP_WAIT_POLICY ?= passive
 PYTEST := $(RUN) -m pytest -q
 CXX_FILES = $(shell find csrc -name '*.h' -o -name '*.cc' -o -name '*.inc' 2>/dev/null)
 

@@ -42,7 +42,6 @@ def train(overrides: list[str]) -> float:
         "USE_KT": "1",
         "HF_HUB_OFFLINE": "1",
         "TOKENIZERS_PARALLELISM": "false",
-        "OMP_WAIT_POLICY": "passive",  # torch's idle threads must not spin on cores that the experts' kernels use
         "LLAMAFACTORY_VERBOSITY": "WARN",
     }
     start = time.monotonic()
