@@ -7,16 +7,27 @@
 
 inline int min_int(int a, int b) { return a < b ? a : b; }
 
+// 32 weight columns and some reduction tiles of a matrix, in blocks.
+struct Panel {
+  int strip, q0, q_tiles;
+};
+
 // ---- decoding packed blocks into tiles
 // -------------------------------------------------------------------------------
 
+// Codes arrive from memory one panel ahead of their decoding: 8 blocks of about 80 ns each cover the latency of DRAM.
+inline void prefetch_block(const PackedMatrix& w, const uint8_t* block) {
+  for (int i = 0; i < w.block_bytes(); i += 64) __builtin_prefetch(block + i);
+}
+
 // Strip of 32 rows n (block row nb), q = k: right tiles [2][q_tiles].
 template <class Format, bool Scaled>
-inline void decode_right(const PackedMatrix& w, int nb, int kb0, int q_tiles, Ops::Elem* dst) {
+inline void decode_right(const PackedMatrix& w, int nb, int kb0, int q_tiles, Ops::Elem* dst, const Panel& next) {
   const int bytes = pair_bytes(w.format);
   for (int q = 0; q < q_tiles; ++q) {
     const uint8_t* block = w.block(nb, kb0 + q);
     const uint16_t* scales = w.block_scales(nb, kb0 + q);
+    if (q < next.q_tiles) prefetch_block(w, w.block(next.strip, next.q0 + q));
     for (int half = 0; half < kStripTiles; ++half) {
       Ops::Elem* tile = dst + (half * int64_t{kPanelTiles} + q) * kTileElems;
       Vec::F32 scale{};
@@ -33,11 +44,12 @@ inline void decode_right(const PackedMatrix& w, int nb, int kb0, int q_tiles, Op
 
 // Strip of 32 columns k (block column kb), q = n: left tiles [2][q_tiles].
 template <class Format, bool Scaled>
-inline void decode_left(const PackedMatrix& w, int kb, int nb0, int q_tiles, Ops::Elem* dst) {
+inline void decode_left(const PackedMatrix& w, int kb, int nb0, int q_tiles, Ops::Elem* dst, const Panel& next) {
   const int bytes = pair_bytes(w.format);
   for (int q = 0; q < q_tiles; ++q) {
     const uint8_t* block = w.block(nb0 + q, kb);
     const uint16_t* scales = w.block_scales(nb0 + q, kb);
+    if (q < next.q_tiles) prefetch_block(w, w.block(next.q0 + q, next.strip));
     for (int half = 0; half < kBlock / kTileRows; ++half) {
       Vec::F32 scale{};
       if constexpr (Scaled) scale = Vec::load_bf16(scales + half * kTileRows);
@@ -56,19 +68,19 @@ inline void decode_left(const PackedMatrix& w, int kb, int nb0, int q_tiles, Ops
 }
 
 template <class Format, bool Scaled>
-inline void decode(Side weight_side, const PackedMatrix& w, int strip, int q0, int q_tiles, Ops::Elem* dst) {
+inline void decode(Side weight_side, const PackedMatrix& w, const Panel& at, Ops::Elem* dst, const Panel& next) {
   if (weight_side == Side::right) {
-    decode_right<Format, Scaled>(w, strip, q0, q_tiles, dst);
+    decode_right<Format, Scaled>(w, at.strip, at.q0, at.q_tiles, dst, next);
   } else {
-    decode_left<Format, Scaled>(w, strip, q0, q_tiles, dst);
+    decode_left<Format, Scaled>(w, at.strip, at.q0, at.q_tiles, dst, next);
   }
 }
 
-inline void decode_any(Side weight_side, const PackedMatrix& w, int strip, int q0, int q_tiles, Ops::Elem* dst) {
+inline void decode_any(Side weight_side, const PackedMatrix& w, const Panel& at, Ops::Elem* dst, const Panel& next) {
   switch (w.format) {
 #define KT_FORMAT(name, Struct, pair_bytes, has_scales) \
   case kt_sft::Format::name:                            \
-    return decode<Struct, has_scales>(weight_side, w, strip, q0, q_tiles, dst);
+    return decode<Struct, has_scales>(weight_side, w, at, dst, next);
 #include "kernels/registry.inc"
   }
 }
@@ -218,7 +230,11 @@ inline void multiply_panel(const GemmArgs& g, const GemmTerm& term, int strip, i
 inline void load_panel(const GemmArgs& g, const GemmTerm& term, int strip, int q0, int q_tiles, Ops::Elem* panel) {
   const Side weight_side = g.side == Side::left ? Side::right : Side::left;
   if (term.packed != nullptr) {
-    decode_any(weight_side, *term.packed, g.c0 / kBlock + strip, q0, q_tiles, panel);
+    const int first = g.c0 / kBlock, all_q = (term.q + kTileSteps - 1) / kTileSteps;
+    const bool same_q = (strip + 1) * kBlock < g.nc;
+    const int next_q0 = same_q ? q0 : q0 + kPanelTiles;
+    const Panel next{first + (same_q ? strip + 1 : 0), next_q0, min_int(kPanelTiles, all_q - next_q0)};
+    decode_any(weight_side, *term.packed, {first + strip, q0, q_tiles}, panel, next);
     return;
   }
   const int c = g.c0 + strip * kBlock, q = q0 * kTileSteps;
