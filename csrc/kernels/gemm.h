@@ -20,67 +20,45 @@ inline void prefetch_block(const PackedMatrix& w, const uint8_t* block) {
   for (int i = 0; i < w.block_bytes(); i += 64) __builtin_prefetch(block + i);
 }
 
-// Strip of 32 rows n (block row nb), q = k: right tiles [2][q_tiles].
-template <class Format, bool Scaled>
-inline void decode_right(const PackedMatrix& w, int nb, int kb0, int q_tiles, Ops::Elem* dst, const Panel& next) {
+// A panel as tiles [2][q tile], which start kPanelTiles apart.
+//   right: strip = 32 rows n (block row), q = k        left: strip = 32 columns k (block column), q = n
+template <class Format, bool Scaled, Side kSide>
+inline void decode_panel(const PackedMatrix& w, const Panel& at, Ops::Elem* dst, const Panel& next) {
+  constexpr bool kRight = kSide == Side::right;
   const int bytes = pair_bytes(w.format);
-  for (int q = 0; q < q_tiles; ++q) {
-    const uint8_t* block = w.block(nb, kb0 + q);
-    const uint16_t* scales = w.block_scales(nb, kb0 + q);
-    if (q < next.q_tiles) prefetch_block(w, w.block(next.strip, next.q0 + q));
+  for (int q = 0; q < at.q_tiles; ++q) {
+    const int nb = kRight ? at.strip : at.q0 + q, kb = kRight ? at.q0 + q : at.strip;
+    const uint8_t* block = w.block(nb, kb);
+    const uint16_t* scales = w.block_scales(nb, kb);
+    if (q < next.q_tiles)
+      prefetch_block(w, kRight ? w.block(next.strip, next.q0 + q) : w.block(next.q0 + q, next.strip));
     for (int half = 0; half < kStripTiles; ++half) {
-      Ops::Elem* tile = dst + (half * int64_t{kPanelTiles} + q) * kTileElems;
       Vec::F32 scale{};
       if constexpr (Scaled) scale = Vec::load_bf16(scales + half * kTileRows);
       for (int p = 0; p < kPairs; ++p) {
-        Vec::F32 even, odd;
+        Vec::F32 even, odd;  // columns 2p and 2p + 1 of 16 rows n
         Format::template decode<Vec>(block + (p * kBlock + half * kTileRows) * bytes, even, odd);
         if constexpr (Scaled) even = Vec::mul(even, scale), odd = Vec::mul(odd, scale);
-        Ops::store_right(tile, p, even, odd);
+        const int tile = kRight ? half : 2 * p / kTileRows;
+        Ops::Elem* to = dst + (int64_t{tile} * kPanelTiles + q) * kTileElems;
+        if constexpr (kRight) {
+          Ops::store_right(to, p, even, odd);
+        } else {
+          to += 2 * p % kTileRows * kTileSteps + half * kTileRows;
+          Ops::store_left(to, even);
+          Ops::store_left(to + kTileSteps, odd);
+        }
       }
     }
-  }
-}
-
-// Strip of 32 columns k (block column kb), q = n: left tiles [2][q_tiles].
-template <class Format, bool Scaled>
-inline void decode_left(const PackedMatrix& w, int kb, int nb0, int q_tiles, Ops::Elem* dst, const Panel& next) {
-  const int bytes = pair_bytes(w.format);
-  for (int q = 0; q < q_tiles; ++q) {
-    const uint8_t* block = w.block(nb0 + q, kb);
-    const uint16_t* scales = w.block_scales(nb0 + q, kb);
-    if (q < next.q_tiles) prefetch_block(w, w.block(next.q0 + q, next.strip));
-    for (int half = 0; half < kBlock / kTileRows; ++half) {
-      Vec::F32 scale{};
-      if constexpr (Scaled) scale = Vec::load_bf16(scales + half * kTileRows);
-      for (int p = 0; p < kPairs; ++p) {
-        Vec::F32 even, odd;
-        Format::template decode<Vec>(block + (p * kBlock + half * kTileRows) * bytes, even, odd);
-        if constexpr (Scaled) even = Vec::mul(even, scale), odd = Vec::mul(odd, scale);
-        const int row = 2 * p;
-        Ops::Elem* tile = dst + ((row / kTileRows) * int64_t{kPanelTiles} + q) * kTileElems;
-        Ops::Elem* at = tile + (row % kTileRows) * kTileSteps + half * kTileRows;
-        Ops::store_left(at, even);
-        Ops::store_left(at + kTileSteps, odd);
-      }
-    }
-  }
-}
-
-template <class Format, bool Scaled>
-inline void decode(Side weight_side, const PackedMatrix& w, const Panel& at, Ops::Elem* dst, const Panel& next) {
-  if (weight_side == Side::right) {
-    decode_right<Format, Scaled>(w, at.strip, at.q0, at.q_tiles, dst, next);
-  } else {
-    decode_left<Format, Scaled>(w, at.strip, at.q0, at.q_tiles, dst, next);
   }
 }
 
 inline void decode_any(Side weight_side, const PackedMatrix& w, const Panel& at, Ops::Elem* dst, const Panel& next) {
   switch (w.format) {
-#define KT_FORMAT(name, Struct, pair_bytes, has_scales) \
-  case kt_sft::Format::name:                            \
-    return decode<Struct, has_scales>(weight_side, w, at, dst, next);
+#define KT_FORMAT(name, Struct, pair_bytes, has_scales)                                                 \
+  case kt_sft::Format::name:                                                                            \
+    return weight_side == Side::right ? decode_panel<Struct, has_scales, Side::right>(w, at, dst, next) \
+                                      : decode_panel<Struct, has_scales, Side::left>(w, at, dst, next);
 #include "kernels/registry.inc"
   }
 }

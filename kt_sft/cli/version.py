@@ -8,6 +8,8 @@ from importlib.metadata import version as installed_version
 
 import typer
 
+from .errors import CommandError
+
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "trl", "llamafactory", "deepspeed", "safetensors", "numpy")
 
 
@@ -38,6 +40,8 @@ def _kernel_rows() -> list[tuple[str, str]]:
         info = kernel_info()
     except ImportError as error:
         return [("kernels", f"not built ({error}); run: pip install .")]
+    except ValueError as error:  # KT_SFT_ISA names what this CPU cannot run
+        raise CommandError(str(error)) from None
     return [
         ("ISA", f"{info['isa']} (this CPU can run: {', '.join(info['isas'])}; KT_SFT_ISA forces one)"),
         ("weight formats", ", ".join(info["formats"])),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 
@@ -60,3 +61,11 @@ def test_torchrun_needs_the_entry_point(monkeypatch):
     pytest.importorskip("llamafactory")
     with pytest.raises(CommandError, match="TORCH_DEVICE_BACKEND_AUTOLOAD unset"):
         llamafactory.run("train", ["x.yaml"])
+
+
+def test_version_says_in_one_line_that_an_isa_cannot_run():
+    env = {**os.environ, "KT_SFT_ISA": "avx51"}
+    done = subprocess.run([sys.executable, "-m", "kt_sft", "version"], capture_output=True, text=True, env=env)
+    assert done.returncode == 1
+    assert done.stderr.startswith("kt-sft: KT_SFT_ISA: unknown 'avx51'; expected auto or one of: amx")
+    assert "Traceback" not in done.stderr
