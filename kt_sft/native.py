@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 try:
-    from kt_sft import _C
+    import kt_sft._C as _C
 except ImportError as error:  # pragma: no cover - a broken installation
     raise ImportError(
         f"kt_sft's compiled kernels cannot be loaded ({error}). Reinstall the package with `pip install .`"

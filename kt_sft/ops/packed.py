@@ -20,7 +20,8 @@ class PackedExperts:
     """E experts of shapes gate (F, D), up (F, D), down (D, F) in ``weight_format`` bf16, int8 or int4.
 
     ``group_size`` is the number of input features that share a scale: 32, 64, 128, or 0 for one scale per output
-    channel; None takes the format's default (int8: 0, int4: 32).
+    channel; None takes the format's default (int8: 0, int4: 32). ``storage`` may be any buffer of the right size, for
+    example a mapped cache file; nothing is copied.
     """
 
     def __init__(
@@ -62,19 +63,6 @@ class PackedExperts:
         """Unfilled storage in anonymous memory; fill it with :meth:`pack_expert_`."""
         sizes = (num_experts, hidden_size, intermediate_size, weight_format, group_size)
         return cls(torch.empty(cls.nbytes_for(*sizes), dtype=torch.uint8), *sizes)
-
-    @classmethod
-    def from_storage(
-        cls,
-        storage: Tensor,
-        num_experts: int,
-        hidden_size: int,
-        intermediate_size: int,
-        weight_format: str = "int8",
-        group_size: int | None = None,
-    ) -> PackedExperts:
-        """Experts over an existing buffer, for example a mapped cache file; nothing is copied."""
-        return cls(storage, num_experts, hidden_size, intermediate_size, weight_format, group_size)
 
     @property
     def nbytes(self) -> int:

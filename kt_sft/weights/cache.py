@@ -89,7 +89,7 @@ def open_packed(path: Path, spec: CacheSpec) -> dict[str, PackedExperts]:
         raise CacheMiss(f"it cannot be read ({error.strerror or error})") from error
     except (KeyError, TypeError, ValueError) as error:
         raise CacheMiss(f"its index is malformed ({error!r})") from error
-    return {name: PackedExperts.from_storage(_storage(mapped, spec, i), *spec.sizes()) for i, name in _layers(spec)}
+    return {name: PackedExperts(_storage(mapped, spec, i), *spec.sizes()) for i, name in _layers(spec)}
 
 
 def _storage(mapped: mmap.mmap, spec: CacheSpec, layer: int) -> Tensor:

@@ -100,7 +100,7 @@ def test_bad_arguments_raise_value_errors():
     with pytest.raises(ValueError, match="no scales"):
         pack_experts(gate, up, down, "bf16", 32)
     with pytest.raises(ValueError, match="storage: expected a CPU uint8 tensor"):
-        PackedExperts.from_storage(torch.zeros(10, dtype=torch.uint8), 2, 64, 96, "int8")
+        PackedExperts(torch.zeros(10, dtype=torch.uint8), 2, 64, 96, "int8")
     packed = pack_experts(gate, up, down)
     with pytest.raises(ValueError, match="expert: expected 0 to 1, got 2"):
         packed.pack_expert_(2, gate[0], up[0], down[0])
