@@ -182,8 +182,6 @@ inline void pack_tiles(const PackArgs& p) {
 // ------------------------------------------------------------------------------------------------------
 
 constexpr int kPanelElems = kStripTiles * kPanelTiles * kTileElems;
-constexpr int kMaxMTiles = kMaxRows / kTileRows;
-constexpr int kMaxStrips = kMaxCols / kBlock;
 constexpr size_t kScratchBytes = kPanelElems * sizeof(Ops::Elem) + size_t{kMaxRows} * kMaxCols * sizeof(float);
 
 // Accumulator tile (m tile, weight tile) of a strip.

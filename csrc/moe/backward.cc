@@ -18,7 +18,7 @@ struct Backward {
   float* dw_parts = nullptr;                // (wave rows, F / 32)
   // Only with LoRA; "small" is (wave rows, R) fp32, "rows" is (wave rows, F) bf16.
   float *small_b[3] = {}, *small_ha = nullptr;  // s dLin B per projection (times w for down), s w H A^T
-  void *small_b_tiles[3] = {}, *ha_tiles = nullptr, *h_tiles = nullptr;
+  void *small_b_tiles[3] = {}, *h_tiles = nullptr;
   void* turned[3][2] = {};  // small^T per projection, for the gradients of b and of a
   uint16_t *dgate_up_rows[2] = {}, *h_rows = nullptr;
 
@@ -56,7 +56,6 @@ struct Backward {
     }
     if (factors(kDown).rank == 0) return;
     small_ha = ws.take<float>(rows * factors(kDown).rank);
-    ha_tiles = plan.take_tiles(ws, factors(kDown).rank);
     h_tiles = plan.take_tiles(ws, F);
     h_rows = ws.take<uint16_t>(rows * F);
   }
@@ -272,7 +271,7 @@ struct Backward {
       rank_product(plan, b, s.rows,
                    {Side::left, tiles_of(h_tiles, s, intermediate()), intermediate(),
                     factor_a(f, s.expert, intermediate(), Reduce::features), f.rank, l.scaling * keep_scale,
-                    small_ha + wave_row(s) * f.rank, tiles_of(ha_tiles, s, f.rank)});
+                    small_ha + wave_row(s) * f.rank, nullptr});
       scale_by_routing(s, small_ha, f.rank);
       scale_by_routing(s, small_b[kDown], f.rank);
       float* dob = small_b[kDown] + wave_row(s) * f.rank;

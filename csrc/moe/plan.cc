@@ -104,6 +104,7 @@ void rank_product(const Plan& plan, const Plan::ThreadBuffers& buffers, int rows
     plan.kernels.gemm({p.side, &term, 1, rows, c0, nc, p.small + c0, p.rank, buffers.gemm});
   }
   for (int64_t i = 0; i < int64_t{rows} * p.rank; ++i) p.small[i] *= p.scale;
+  if (p.tiles == nullptr) return;
   plan.kernels.pack({p.side, {p.small, true, p.rank, 1}, 0, rows, 0, p.rank, p.tiles, ceil_div(p.rank, kTileSteps)});
 }
 

@@ -86,7 +86,7 @@ struct RankProduct {
   int rank;
   float scale;
   float* small;  // (rows, rank)
-  void* tiles;   // of the segment
+  void* tiles;   // of the segment, or null if only the numbers are wanted
 };
 void rank_product(const Plan& plan, const Plan::ThreadBuffers& buffers, int rows, const RankProduct& product);
 

@@ -1,6 +1,9 @@
 """The autograd function against the float64 oracle on the dequantised weights: every output and gradient by name."""
 
+import subprocess
+import sys
 import threading
+from pathlib import Path
 
 import pytest
 import torch
@@ -255,3 +258,20 @@ def test_bad_factors_and_settings_raise_value_errors():
     layer.factors["up_b"] = layer.factors["up_b"].detach()[:, :-1]
     with pytest.raises(ValueError, match=r"up_b: expected shape \(4, 96, 8\), got \(4, 95, 8\)"):
         layer.forward()
+
+
+WORKSPACE = """
+from kt_sft import native
+from tests.ops.test_experts import Case
+for tokens in (5000, 20000):
+    Case(E=4, T=tokens, D=32, F=32).run()
+    print(native.workspace_bytes())
+"""
+
+
+def test_workspace_does_not_grow_with_the_tokens():
+    root = Path(__file__).parents[2]
+    done = subprocess.run([sys.executable, "-c", WORKSPACE], capture_output=True, text=True, check=True, cwd=root)
+    small, large = map(int, done.stdout.split())
+    index_bytes = 8 * 2 * 15000  # order and token of every further routed row
+    assert 0 < small <= large <= small + index_bytes + (2 << 20)  # rounded up to a huge page
