@@ -22,7 +22,7 @@ inline void multiply_block(const typename Mac::Elem* left, const typename Mac::E
                            float* c, int64_t c_j, int q_tiles, bool accumulate) {
   constexpr int kV = Mac::kVecs;
   typename Mac::Acc acc[Rows][Tiles * kV];
-#pragma GCC unroll 8
+#pragma GCC unroll 16
   for (int r = 0; r < Rows; ++r) {
 #pragma GCC unroll 4
     for (int v = 0; v < Tiles * kV; ++v)
@@ -35,7 +35,7 @@ inline void multiply_block(const typename Mac::Elem* left, const typename Mac::E
       typename Mac::Right b[Tiles * kV];
 #pragma GCC unroll 4
       for (int v = 0; v < Tiles * kV; ++v) b[v] = Mac::load_right(r0 + (v / kV) * right_stride * kTileElems, s, v % kV);
-#pragma GCC unroll 8
+#pragma GCC unroll 16
       for (int r = 0; r < Rows; ++r) {
         const auto a = Mac::broadcast_left(l + r * kTileSteps, s);
 #pragma GCC unroll 4
@@ -43,7 +43,7 @@ inline void multiply_block(const typename Mac::Elem* left, const typename Mac::E
       }
     }
   }
-#pragma GCC unroll 8
+#pragma GCC unroll 16
   for (int r = 0; r < Rows; ++r) {
 #pragma GCC unroll 4
     for (int v = 0; v < Tiles * kV; ++v)
@@ -51,32 +51,29 @@ inline void multiply_block(const typename Mac::Elem* left, const typename Mac::E
   }
 }
 
-template <class Mac, int Rows>
-inline void multiply_rows(const BlockArgs& g, int tile, int row) {
+// Rows of a left tile times right tiles [j, j_end): Rows at a time, the rest, which a tile pads with zeros, in halves.
+template <class Mac, int Rows, int Tiles>
+inline void multiply_rows(const BlockArgs& g, int tile, int row, int rows, int j_begin, int j_end) {
   using Elem = typename Mac::Elem;
-  const Elem* left = static_cast<const Elem*>(g.left) + tile * g.left_stride * kTileElems + row * kTileSteps;
+  const Elem* left = static_cast<const Elem*>(g.left) + tile * g.left_stride * kTileElems;
   const Elem* right = static_cast<const Elem*>(g.right);
-  float* c = g.c + tile * g.c_i + row * 16;
-  int j = 0;
-  for (; j + Mac::kTiles <= g.right_tiles; j += Mac::kTiles)
-    multiply_block<Mac, Rows, Mac::kTiles>(left, right + j * g.right_stride * kTileElems, g.right_stride, c + j * g.c_j,
-                                           g.c_j, g.q_tiles, g.accumulate);
-  if constexpr (Mac::kTiles > 1) {
-    for (; j < g.right_tiles; ++j)
-      multiply_block<Mac, Rows, 1>(left, right + j * g.right_stride * kTileElems, g.right_stride, c + j * g.c_j, g.c_j,
-                                   g.q_tiles, g.accumulate);
-  }
+  constexpr int kLess = Rows > 4 ? Rows / 2 : 0;
+  for (; rows - row > kLess; row += Rows)
+    for (int j = j_begin; j < j_end; j += Tiles)
+      multiply_block<Mac, Rows, Tiles>(left + row * kTileSteps, right + j * g.right_stride * kTileElems, g.right_stride,
+                                       g.c + tile * g.c_i + row * 16 + j * g.c_j, g.c_j, g.q_tiles, g.accumulate);
+  if constexpr (kLess > 0)
+    if (row < rows) multiply_rows<Mac, kLess, Tiles>(g, tile, row, rows, j_begin, j_end);
 }
 
 template <class Mac>
 inline void multiply_tiles(const BlockArgs& g) {
+  constexpr int kRows = Mac::kRows, kTiles = Mac::kTiles;
+  const int whole = g.right_tiles / kTiles * kTiles;
   for (int tile = 0; tile * kTileRows < g.rows; ++tile) {
     const int rows = g.rows - tile * kTileRows < kTileRows ? g.rows - tile * kTileRows : kTileRows;
-    int row = 0;
-    for (; row + Mac::kRows <= rows; row += Mac::kRows) multiply_rows<Mac, Mac::kRows>(g, tile, row);
-    if constexpr (Mac::kRows > 4)
-      for (; row + 4 <= rows; row += 4) multiply_rows<Mac, 4>(g, tile, row);
-    for (; row < rows; ++row) multiply_rows<Mac, 1>(g, tile, row);
+    multiply_rows<Mac, kRows, kTiles>(g, tile, 0, rows, 0, whole);
+    if constexpr (kTiles > 1) multiply_rows<Mac, kRows * kTiles, 1>(g, tile, 0, rows, whole, g.right_tiles);
   }
 }
 

@@ -1,8 +1,14 @@
-// Decoders: 16 pairs of codes of one format -> two vectors of 16 floats (column 2p and column 2p+1 of 16 rows n).
+// Decoders of 16 pairs of codes of one format, without scales:
+//   decode        two vectors of 16 floats: column 2p and column 2p + 1 of 16 rows n
+//   decode_pairs  the same in memory order: (n, 2p), (n, 2p + 1) of rows 0 to 7, then of rows 8 to 15; kOrdered says
+//   that
+//                 this is the cheaper one
 // Written once over the vector vocabulary V of the ISA; included inside the variant's namespace.
 #pragma once
 
 struct Bf16 {
+  static constexpr int kPairBytes = 4;
+  static constexpr bool kOrdered = false;
   template <class V>
   static void decode(const uint8_t* pairs, typename V::F32& even, typename V::F32& odd) {
     const auto words = V::load_i32(pairs);
@@ -12,6 +18,13 @@ struct Bf16 {
 };
 
 struct Int8 {
+  static constexpr int kPairBytes = 2;
+  static constexpr bool kOrdered = true;
+  template <class V>
+  static void decode_pairs(const uint8_t* pairs, typename V::F32& first, typename V::F32& second) {
+    first = V::to_f32(V::load_i8(pairs));
+    second = V::to_f32(V::load_i8(pairs + 16));
+  }
   template <class V>
   static void decode(const uint8_t* pairs, typename V::F32& even, typename V::F32& odd) {
     const auto words = V::load_i16(pairs);  // sign-extended to 32 bits
@@ -21,10 +34,12 @@ struct Int8 {
 };
 
 struct Int4 {
+  static constexpr int kPairBytes = 1;
+  static constexpr bool kOrdered = false;
   template <class V>
   static void decode(const uint8_t* pairs, typename V::F32& even, typename V::F32& odd) {
-    const auto words = V::load_i8(pairs);  // sign-extended to 32 bits
-    even = V::to_f32(V::template shift_right<28>(V::template shift_left<28>(words)));
-    odd = V::to_f32(V::template shift_right<4>(words));
+    const auto words = V::load_i8(pairs);
+    even = V::low_nibble(words);
+    odd = V::low_nibble(V::template shift_right<4>(words));
   }
 };

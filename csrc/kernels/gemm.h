@@ -20,6 +20,18 @@ inline void prefetch_block(const PackedMatrix& w, const uint8_t* block) {
   for (int i = 0; i < w.block_bytes(); i += 64) __builtin_prefetch(block + i);
 }
 
+// A right tile of bf16 pairs from codes that lie in the same order: no shuffles, the scales are doubled instead.
+template <class Format, class V, class Target>
+inline void decode_ordered(const uint8_t* pairs, int bytes, const uint16_t* scales, typename Target::Elem* to) {
+  const auto scale = V::load_bf16(scales);
+  const auto first_scale = V::twice_low(scale), second_scale = V::twice_high(scale);
+  for (int p = 0; p < kPairs; ++p) {
+    typename V::F32 first, second;
+    Format::template decode_pairs<V>(pairs + p * kBlock * bytes, first, second);
+    Target::store_pairs(to + p * kBlock, V::mul(first, first_scale), V::mul(second, second_scale));
+  }
+}
+
 // A panel as tiles [2][q tile], which start kPanelTiles apart.
 //   right: strip = 32 rows n (block row), q = k        left: strip = 32 columns k (block column), q = n
 template <class Format, bool Scaled, Side kSide>
@@ -33,20 +45,28 @@ inline void decode_panel(const PackedMatrix& w, const Panel& at, Ops::Elem* dst,
     if (q < next.q_tiles)
       prefetch_block(w, kRight ? w.block(next.strip, next.q0 + q) : w.block(next.q0 + q, next.strip));
     for (int half = 0; half < kStripTiles; ++half) {
-      Vec::F32 scale{};
-      if constexpr (Scaled) scale = Vec::load_bf16(scales + half * kTileRows);
-      for (int p = 0; p < kPairs; ++p) {
-        Vec::F32 even, odd;  // columns 2p and 2p + 1 of 16 rows n
-        Format::template decode<Vec>(block + (p * kBlock + half * kTileRows) * bytes, even, odd);
-        if constexpr (Scaled) even = Vec::mul(even, scale), odd = Vec::mul(odd, scale);
-        const int tile = kRight ? half : 2 * p / kTileRows;
-        Ops::Elem* to = dst + (int64_t{tile} * kPanelTiles + q) * kTileElems;
-        if constexpr (kRight) {
-          Ops::store_right(to, p, even, odd);
-        } else {
-          to += 2 * p % kTileRows * kTileSteps + half * kTileRows;
-          Ops::store_left(to, even);
-          Ops::store_left(to + kTileSteps, odd);
+      const uint8_t* pairs = block + half * kTileRows * bytes;
+      const uint16_t* row_scales = scales + half * kTileRows;
+      Ops::Elem* to = dst + (half * kPanelTiles + q) * kTileElems;
+      if constexpr (kRight && sizeof(Ops::Elem) == 2 && !Scaled) {
+        for (int p = 0; p < kPairs; ++p) __builtin_memcpy(to + p * kBlock, pairs + p * kBlock * bytes, 64);
+      } else if constexpr (kRight && sizeof(Ops::Elem) == 2 && Format::kOrdered) {
+        decode_ordered<Format, Vec, Ops>(pairs, bytes, row_scales, to);
+      } else {
+        Vec::F32 scale{};
+        if constexpr (Scaled) scale = Vec::load_bf16(row_scales);
+        for (int p = 0; p < kPairs; ++p) {
+          Vec::F32 even, odd;  // columns 2p and 2p + 1 of 16 rows n
+          Format::template decode<Vec>(pairs + p * kBlock * bytes, even, odd);
+          if constexpr (Scaled) even = Vec::mul(even, scale), odd = Vec::mul(odd, scale);
+          if constexpr (kRight) {
+            Ops::store_right(to, p, even, odd);
+          } else {
+            Ops::Elem* row = dst + (2 * p / kTileRows * kPanelTiles + q) * kTileElems;
+            row += 2 * p % kTileRows * kTileSteps + half * kTileRows;
+            Ops::store_left(row, even);
+            Ops::store_left(row + kTileSteps, odd);
+          }
         }
       }
     }
@@ -178,10 +198,13 @@ inline void pack_tiles(const PackArgs& p) {
       pack_tile(p, c, q, dst + ((c / kTileRows) * p.q_stride + q / kTileSteps) * kTileElems);
 }
 
+#include "kernels/skinny.h"
+
 // ---- the driver
 // ------------------------------------------------------------------------------------------------------
 
 constexpr int kPanelElems = kStripTiles * kPanelTiles * kTileElems;
+static_assert(kSkinnyScratch <= size_t{kMaxRows} * kMaxCols * sizeof(float));
 constexpr size_t kScratchBytes = kPanelElems * sizeof(Ops::Elem) + size_t{kMaxRows} * kMaxCols * sizeof(float);
 
 // Accumulator tile (m tile, weight tile) of a strip.
@@ -241,6 +264,7 @@ inline void emit(const GemmArgs& g, const float* c) {
 }
 
 inline void gemm(const GemmArgs& g) {
+  if (g.m <= kSkinnyRows) return skinny_gemm(g);
   auto* panel = static_cast<Ops::Elem*>(g.scratch);
   auto* c = reinterpret_cast<float*>(panel + kPanelElems);
   const int strips = (g.nc + kBlock - 1) / kBlock;

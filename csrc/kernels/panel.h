@@ -5,7 +5,8 @@
 //   Inside a block the unit is a pair (W[n][2p], W[n][2p+1]); pair (p, n) is number p * 32 + n.
 //     bf16: 4 bytes (low half first)   int8: 2 bytes (low half first)   int4: 1 byte (low nibble first)
 //   scales: bf16, [nb][group][32 n], groups of group_size along k (one group when per channel); none for bf16.
-//   The value that enters every product, in both directions, is bf16_rne(code * scale).
+//   The value that enters a product, in both directions, is bf16_rne(code * scale); products of up to kSkinnyRows rows
+//   take the exact code and apply the scale to fp32 sums.
 //
 // Tiles, 512 elements each, element = bf16 where the ISA multiplies bf16 pairs and float elsewhere:
 //   left  tile: 16 rows c, 32 reduction steps q:  [c][q]
@@ -27,6 +28,7 @@ constexpr int kTileRows = 16;       // rows c of a tile
 constexpr int kTileSteps = 32;      // reduction steps q of a tile
 constexpr int kTileElems = kTileRows * kTileSteps;
 constexpr int kStripTiles = kBlock / kTileRows;  // weight tiles decoded together
+constexpr int kSkinnyRows = 4;                   // activation rows up to which a product is bound by reading the codes
 constexpr int kMaxRows = 512;   // activation rows of one call: bounds the fp32 accumulators of a thread
 constexpr int kMaxCols = 128;   // output columns of one call: 512 x 128 x 4 B = 256 KiB, a share of L2
 constexpr int kPanelTiles = 8;  // reduction tiles decoded at once: 32 x 256 bf16 = 16 KiB, a third of L1

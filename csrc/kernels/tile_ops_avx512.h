@@ -38,6 +38,10 @@ struct Ops {
   using Elem = Mac::Elem;
 
 #ifdef __AVX512BF16__
+  // 16 pairs in memory order.
+  static void store_pairs(Elem* to, __m512 first, __m512 second) {
+    _mm512_storeu_si512(to, (__m512i)_mm512_cvtne2ps_pbh(second, first));
+  }
   // Rows 2p and 2p + 1 of a right tile, interleaved.
   static void store_right(Elem* tile, int pair, __m512 even, __m512 odd) {
     const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6,

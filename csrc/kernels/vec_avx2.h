@@ -36,9 +36,35 @@ struct Vec {
   }
   static F32 as_f32(I32 v) { return {_mm256_castsi256_ps(v.lo), _mm256_castsi256_ps(v.hi)}; }
   static F32 to_f32(I32 v) { return {_mm256_cvtepi32_ps(v.lo), _mm256_cvtepi32_ps(v.hi)}; }
+  // The lowest four bits of every lane as a signed number.
+  static F32 low_nibble(I32 v) { return to_f32(shift_right<28>(shift_left<28>(v))); }
   static F32 load_bf16(const uint16_t* p) { return as_f32(shift_left<16>(load_i16(p))); }
   static F32 mul(F32 a, F32 b) { return {_mm256_mul_ps(a.lo, b.lo), _mm256_mul_ps(a.hi, b.hi)}; }
+  static F32 add(F32 a, F32 b) { return {_mm256_add_ps(a.lo, b.lo), _mm256_add_ps(a.hi, b.hi)}; }
+  static F32 fma(F32 a, F32 b, F32 c) { return {_mm256_fmadd_ps(a.lo, b.lo, c.lo), _mm256_fmadd_ps(a.hi, b.hi, c.hi)}; }
+  static F32 zero() { return {_mm256_setzero_ps(), _mm256_setzero_ps()}; }
+  static F32 broadcast(float v) { return {_mm256_set1_ps(v), _mm256_set1_ps(v)}; }
+  static F32 load(const float* p) { return {_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }
   static void store(float* p, F32 v) { _mm256_storeu_ps(p, v.lo), _mm256_storeu_ps(p + 8, v.hi); }
+  // p[0], p[1], p[0], p[1], ...
+  static F32 broadcast2(const float* p) {
+    double pair;
+    __builtin_memcpy(&pair, p, 8);
+    const __m256 pairs = _mm256_castpd_ps(_mm256_set1_pd(pair));
+    return {pairs, pairs};
+  }
+  // Sums of neighbouring lanes: eight of a, then eight of b.
+  static F32 add_pairs(F32 a, F32 b) { return {add_pairs(a.lo, a.hi), add_pairs(b.lo, b.hi)}; }
+  static __m256 add_pairs(__m256 a, __m256 b) {
+    return _mm256_castpd_ps(_mm256_permute4x64_pd(_mm256_castps_pd(_mm256_hadd_ps(a, b)), 0xd8));
+  }
+  // Lanes 0, 0, 1, 1, ... 7, 7 and 8, 8, ... 15, 15.
+  static F32 twice_low(F32 v) { return twice(v.lo); }
+  static F32 twice_high(F32 v) { return twice(v.hi); }
+  static F32 twice(__m256 v) {
+    return {_mm256_permutevar8x32_ps(v, _mm256_setr_epi32(0, 0, 1, 1, 2, 2, 3, 3)),
+            _mm256_permutevar8x32_ps(v, _mm256_setr_epi32(4, 4, 5, 5, 6, 6, 7, 7))};
+  }
 
   static __m256i round_half(__m256 v) {
     const __m256i bits = _mm256_castps_si256(v);

@@ -22,9 +22,37 @@ struct Vec {
   static I32 high_half(I32 v) { return _mm512_and_si512(v, _mm512_set1_epi32(static_cast<int>(0xffff0000u))); }
   static F32 as_f32(I32 v) { return _mm512_castsi512_ps(v); }
   static F32 to_f32(I32 v) { return _mm512_cvtepi32_ps(v); }
+  // The lowest four bits of every lane as a signed number.
+  static F32 low_nibble(I32 v) {
+    return _mm512_permutexvar_ps(v, _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, -8, -7, -6, -5, -4, -3, -2, -1));
+  }
+  // Lanes 0, 0, 1, 1, ... 7, 7 and 8, 8, ... 15, 15.
+  static F32 twice_low(F32 v) {
+    return _mm512_permutexvar_ps(_mm512_setr_epi32(0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6, 7, 7), v);
+  }
+  static F32 twice_high(F32 v) {
+    return _mm512_permutexvar_ps(_mm512_setr_epi32(8, 8, 9, 9, 10, 10, 11, 11, 12, 12, 13, 13, 14, 14, 15, 15), v);
+  }
   static F32 load_bf16(const uint16_t* p) { return as_f32(shift_left<16>(load_i16(p))); }
   static F32 mul(F32 a, F32 b) { return _mm512_mul_ps(a, b); }
+  static F32 add(F32 a, F32 b) { return _mm512_add_ps(a, b); }
+  static F32 fma(F32 a, F32 b, F32 c) { return _mm512_fmadd_ps(a, b, c); }
+  static F32 zero() { return _mm512_setzero_ps(); }
+  static F32 broadcast(float v) { return _mm512_set1_ps(v); }
+  static F32 load(const float* p) { return _mm512_loadu_ps(p); }
   static void store(float* p, F32 v) { _mm512_storeu_ps(p, v); }
+  // p[0], p[1], p[0], p[1], ...
+  static F32 broadcast2(const float* p) {
+    double pair;
+    __builtin_memcpy(&pair, p, 8);
+    return _mm512_castpd_ps(_mm512_set1_pd(pair));
+  }
+  // Sums of neighbouring lanes: eight of a, then eight of b.
+  static F32 add_pairs(F32 a, F32 b) {
+    const I32 even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+    const I32 odd = _mm512_setr_epi32(1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
+    return _mm512_add_ps(_mm512_permutex2var_ps(a, even, b), _mm512_permutex2var_ps(a, odd, b));
+  }
 
   // Round to nearest even bf16, kept in the high halves. NaN payloads are not of interest here.
   static I32 round_bf16(F32 v) {

@@ -100,7 +100,10 @@ class PackedExperts:
                 raise ValueError(f"{name}_proj of expert {index}: {error}") from None
 
     def dequantize(self) -> tuple[Tensor, Tensor, Tensor]:
-        """The bf16 values that enter every product: gate (E, F, D), up (E, F, D), down (E, D, F)."""
+        """The weights rounded to bf16, as they enter products: gate (E, F, D), up (E, F, D), down (E, D, F).
+
+        Products of at most four rows of an expert take code * scale without that rounding.
+        """
         return self._unpack(_GATE), self._unpack(_UP), self._unpack(_DOWN)
 
     def _unpack(self, projection: int) -> Tensor:

@@ -5,10 +5,24 @@ import torch
 
 from kt_sft import native
 from kt_sft.ops import PackedExperts
+from kt_sft.ops.quantize import quantize
 
 EPS = torch.finfo(torch.float32).eps
 # m, n, k: one row, tile edges and beyond, more rows than one call takes, several reduction panels
 SHAPES = [(1, 16, 32), (7, 33, 31), (16, 32, 64), (17, 40, 300), (33, 130, 96), (600, 48, 520), (3, 200, 1100)]
+SHAPES += [(2, 5000, 70), (4, 129, 4200), (5, 64, 64)]  # few rows: more steps than are converted at once
+FEW_ROWS = (
+    4  # up to here codes are multiplied as they are and scales applied to sums; beyond, weights are rounded to bf16
+)
+
+
+def weights_of(packed: PackedExperts, source: torch.Tensor, rows: int) -> torch.Tensor:
+    """The values that a product of so many rows multiplies with, in float64."""
+    if rows > FEW_ROWS or packed.weight_format == "bf16":
+        return packed.dequantize()[0][0].double()
+    codes, scales = quantize(source, packed.weight_format, packed.group_size)
+    group = packed.group_size or source.shape[1]
+    return codes.double() * scales.double().repeat_interleave(group, 1)[:, : source.shape[1]]
 
 
 @pytest.mark.parametrize("direction", ["forward", "input_gradient"])
@@ -17,8 +31,9 @@ SHAPES = [(1, 16, 32), (7, 33, 31), (16, 32, 64), (17, 40, 300), (33, 130, 96), 
 def test_product(isa, fmt, direction, shape):
     m, n, k = shape
     packed = PackedExperts.empty(1, k, n, fmt)  # gate: (F, D) = (n, k)
-    packed.pack_expert_(0, torch.randn(n, k), torch.randn(n, k), torch.randn(k, n))
-    weight = packed.dequantize()[0][0].double()
+    gate = torch.randn(n, k)
+    packed.pack_expert_(0, gate, torch.randn(n, k), torch.randn(k, n))
+    weight = weights_of(packed, gate, m)
     weight = weight if direction == "forward" else weight.T
     act = torch.randn(m, weight.shape[1]).to(torch.bfloat16)
     out = torch.full((m, weight.shape[0]), float("nan"))
