@@ -39,6 +39,7 @@ peak_flops = _C.peak_flops
 workspace_bytes = _C.workspace_bytes
 set_workspace_poison = _C.set_workspace_poison
 sort_by_expert = _C.sort_by_expert
+PackedHandle = _C.PackedHandle
 pack = _C.pack
 unpack = _C.unpack
 product = _C.product

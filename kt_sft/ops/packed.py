@@ -41,7 +41,15 @@ class PackedExperts:
                 f"storage: expected a CPU uint8 tensor of {expected} bytes, "
                 f"got {storage.dtype} {tuple(storage.shape)} on {storage.device}"
             )
-        self.storage = storage
+        self._storage = storage
+        self._handle = native.PackedHandle(
+            storage, num_experts, hidden_size, intermediate_size, weight_format, self.group_size
+        )
+
+    @property
+    def storage(self) -> Tensor:
+        """The codes and scales, uint8: one buffer that the kernels read where it lies."""
+        return self._storage
 
     @staticmethod
     def nbytes_for(
@@ -69,16 +77,13 @@ class PackedExperts:
         """Bytes held: codes, scales and padding."""
         return self.storage.numel()
 
-    def native_args(self) -> tuple:
-        """The arguments by which the kernels know these experts."""
-        return (
-            self.storage,
-            self.num_experts,
-            self.hidden_size,
-            self.intermediate_size,
-            self.weight_format,
-            self.group_size,
-        )
+    def native_args(self) -> tuple[native.PackedHandle]:
+        """The leading arguments by which the kernels know these experts."""
+        return (self._handle,)
+
+    def __reduce__(self) -> tuple:
+        sizes = (self.num_experts, self.hidden_size, self.intermediate_size, self.weight_format, self.group_size)
+        return PackedExperts, (self._storage, *sizes)
 
     def _shape(self, projection: int) -> tuple[int, int]:
         D, F = self.hidden_size, self.intermediate_size
