@@ -9,7 +9,7 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from .config import KtConfig
     from .integrations.transformers import convert_model, from_pretrained
-    from .ops import ExpertsLora, PackedExperts, moe_experts, pack_experts
+    from .ops import ExpertsLora, PackedExperts, moe_experts, pack_experts, submit_experts
 
 __all__ = [
     "ExpertsLora",
@@ -20,6 +20,7 @@ __all__ = [
     "from_pretrained",
     "moe_experts",
     "pack_experts",
+    "submit_experts",
 ]
 
 _HOMES = {
@@ -30,6 +31,7 @@ _HOMES = {
     "PackedExperts": "ops",
     "moe_experts": "ops",
     "pack_experts": "ops",
+    "submit_experts": "ops",
 }
 
 

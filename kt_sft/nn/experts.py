@@ -23,7 +23,7 @@ from typing import Any, NamedTuple, NoReturn
 import torch
 from torch import Tensor, nn
 
-from ..ops import ExpertsLora, PackedExperts, moe_experts
+from ..ops import ExpertsLora, PackedExperts, PendingExperts, moe_experts, submit_experts
 
 
 class ProjectionNames(NamedTuple):
@@ -151,6 +151,20 @@ class KtExperts(nn.Module):
             activation_policy=self.activation_policy,
         )
         return out_TD.view(hidden_states.shape)
+
+    def submit(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> PendingExperts:
+        """Start ``forward`` and return at once, so that a block can run its shared expert before ``wait()``.
+
+        hidden_states (T, D), top_k_index (T, K) and top_k_weights (T, K); ``wait()`` gives (T, D).
+        """
+        return submit_experts(
+            hidden_states,
+            top_k_index,
+            top_k_weights,
+            self.packed,
+            self._lora(),
+            activation_policy=self.activation_policy,
+        )
 
     def _lora(self) -> ExpertsLora | None:
         terms = [self.get_submodule(name).lora_terms() for name in self.names]  # type: ignore[operator]

@@ -1,6 +1,7 @@
 """Differentiable operators on packed experts."""
 
 from .experts import ExpertsLora, moe_experts
+from .overlap import PendingExperts, submit_experts
 from .packed import PackedExperts, pack_experts
 
-__all__ = ["ExpertsLora", "PackedExperts", "moe_experts", "pack_experts"]
+__all__ = ["ExpertsLora", "PackedExperts", "PendingExperts", "moe_experts", "pack_experts", "submit_experts"]
