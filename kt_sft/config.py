@@ -22,9 +22,11 @@ logger = logging.getLogger(__name__)
 
 WeightFormat = Literal["bf16", "int8", "int4"]
 ActivationPolicy = Literal["retain", "recompute"]
+ComputeType = Literal["bf16", "int8"]
 
 WEIGHT_FORMATS: tuple[str, ...] = get_args(WeightFormat)
 ACTIVATION_POLICIES: tuple[str, ...] = get_args(ActivationPolicy)
+COMPUTE_TYPES: tuple[str, ...] = get_args(ComputeType)
 GROUP_SIZES = (0, 32, 64, 128)
 
 ENV_CONFIG = "KT_SFT_CONFIG"
@@ -79,6 +81,8 @@ class KtConfig:
         weight_format: bf16, int8 or int4.
         group_size: input features per scale: 32, 64, 128, or 0 for one scale per output channel; None: the format's.
         activation_policy: retain keeps the layer's activations for backward, recompute only its inputs.
+        compute_type: of the forward products: bf16, or int8 (needs int8 weights and a CPU with int8 dot products; the
+            layer's input and its hidden values are quantised too). Gradients are computed in bf16.
         num_threads: threads of the kernels; None: the physical cores this process may use.
         cache_dir: folder of packed experts, or "none" to keep none on disk; None: $KT_SFT_CACHE or ~/.cache/kt_sft.
         weight_path: folder with experts packed beforehand, used instead of the cache.
@@ -90,6 +94,7 @@ class KtConfig:
     weight_format: WeightFormat = "int8"
     group_size: int | None = None
     activation_policy: ActivationPolicy = "retain"
+    compute_type: ComputeType = "bf16"
     num_threads: int | None = None
     cache_dir: str | None = None
     weight_path: str | None = None
@@ -99,6 +104,12 @@ class KtConfig:
     def __post_init__(self) -> None:
         _one_of("weight_format", self.weight_format, WEIGHT_FORMATS)
         _one_of("activation_policy", self.activation_policy, ACTIVATION_POLICIES)
+        _one_of("compute_type", self.compute_type, COMPUTE_TYPES)
+        if self.compute_type == "int8" and (self.weight_format != "int8" or self.group_size == 32):
+            raise ValueError(
+                "compute_type: int8 products need weight_format int8 with group_size 0, 64 or 128; "
+                f"got {self.weight_format} with group_size {self.group_size}; choose compute_type bf16 or these"
+            )
         if not isinstance(self.enabled, bool):
             raise ValueError(f"enabled: expected true or false, got {self.enabled!r}")
         if self.group_size is not None:

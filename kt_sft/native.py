@@ -36,6 +36,8 @@ num_threads = _C.num_threads
 set_num_threads = _C.set_num_threads
 packed_bytes = _C.packed_bytes
 peak_flops = _C.peak_flops
+peak_int8 = _C.peak_int8
+computes_int8 = _C.computes_int8
 workspace_bytes = _C.workspace_bytes
 set_workspace_poison = _C.set_workspace_poison
 sort_by_expert = _C.sort_by_expert
@@ -43,6 +45,7 @@ PackedHandle = _C.PackedHandle
 pack = _C.pack
 unpack = _C.unpack
 product = _C.product
+product_int8 = _C.product_int8
 forward = _C.forward
 backward = _C.backward
 

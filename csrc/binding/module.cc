@@ -97,6 +97,28 @@ void product(const PackedHandle& packed, int expert, int projection, bool transp
   packed_product(m, transposed ? Side::right : Side::left, act_data, shape[0], out_data);
 }
 
+void check_int8(const PackedMatrix& m) {
+  KT_CHECK(kernels().gemm8 != nullptr, "int8 products: the kernels of ", kernels().name, " have none");
+  KT_CHECK(m.format == Format::int8 && (m.group_size % kSteps8 == 0 || m.groups() == 1),
+           "int8 products: expected int8 weights per channel or in groups of a multiple of ", kSteps8,
+           ", got groups of ", m.group_size);
+}
+
+void product_int8(const PackedHandle& packed, int expert, int projection, const py::object& act, int group,
+                  const py::object& out) {
+  const PackedMatrix m = checked_matrix(packed.weights(), expert, projection);
+  check_int8(m);
+  check_is_tensor(act, "act");
+  const auto shape = shape_of(act);
+  KT_CHECK(shape.size() == 2, "act: expected two dimensions, got ", dims(shape));
+  KT_CHECK(group > 0 && group % kSteps8 == 0 && group <= kMaxGroup8, "group: expected a multiple of ", kSteps8,
+           " up to ", kMaxGroup8, ", got ", group);
+  const uint16_t* act_data = tensor<uint16_t>(act, "act", {Dtype::bf16}, {shape[0], m.cols});
+  float* out_data = tensor<float>(out, "out", {Dtype::f32}, {shape[0], m.rows});
+  py::gil_scoped_release release;
+  packed_product8(m, act_data, shape[0], group, out_data);
+}
+
 // The value of a key, or null.
 py::handle item(const py::dict& dict, const Name& key) { return PyDict_GetItemWithError(dict.ptr(), key.object); }
 
@@ -151,13 +173,15 @@ Lora lora_args(const py::dict& dict, const ExpertWeights& w, int64_t T, int64_t 
 }
 
 LayerCall layer_call(const ExpertWeights& w, const py::object& x, const py::object& ids, const py::object& weights,
-                     const py::dict& lora, const py::object& gate, const py::object& up) {
+                     const py::dict& lora, const py::object& gate, const py::object& up, bool int8) {
   check_is_tensor(ids, "topk_ids");
   const auto shape = shape_of(ids);
   KT_CHECK(shape.size() == 2 && shape[1] >= 1, "topk_ids: expected shape (T, K), got ", dims(shape));
   const int64_t T = shape[0], K = shape[1], D = w.hidden, F = w.intermediate;
   KT_CHECK(T * K < (int64_t{1} << 31), "topk_ids: at most 2^31 - 1 routed rows in one call, got ", T * K);
   LayerCall c{};
+  if (int8) check_int8(w.matrix(0, kGate));
+  c.compute = int8 ? Compute::int8 : Compute::bf16;
   c.tokens = T, c.top_k = static_cast<int>(K);
   c.x = tensor<uint16_t>(x, "hidden_states", {Dtype::bf16}, {T, D});
   c.ids = tensor<int64_t>(ids, "topk_ids", {Dtype::i64}, {T, K});
@@ -174,19 +198,19 @@ LayerCall layer_call(const ExpertWeights& w, const py::object& x, const py::obje
 }
 
 void forward(const PackedHandle& packed, const py::object& x, const py::object& ids, const py::object& weights,
-             const py::dict& lora, const py::object& gate, const py::object& up, const py::object& out) {
+             const py::dict& lora, const py::object& gate, const py::object& up, bool int8, const py::object& out) {
   const ExpertWeights& w = packed.weights();
-  const LayerCall call = layer_call(w, x, ids, weights, lora, gate, up);
+  const LayerCall call = layer_call(w, x, ids, weights, lora, gate, up, int8);
   float* out_data = tensor<float>(out, "out", {Dtype::f32}, {call.tokens, w.hidden});
   py::gil_scoped_release release;
   experts_forward(w, call, out_data);
 }
 
 void backward(const PackedHandle& packed, const py::object& x, const py::object& ids, const py::object& weights,
-              const py::dict& lora, const py::object& gate, const py::object& up, const py::object& grad_out,
+              const py::dict& lora, const py::object& gate, const py::object& up, bool int8, const py::object& grad_out,
               const py::object& grad_x, const py::object& grad_lora_x, const py::object& grad_weights) {
   const ExpertWeights& w = packed.weights();
-  const LayerCall call = layer_call(w, x, ids, weights, lora, gate, up);
+  const LayerCall call = layer_call(w, x, ids, weights, lora, gate, up, int8);
   const int64_t T = call.tokens, D = w.hidden;
   LayerGrads g{};
   g.grad_out = tensor<uint16_t>(grad_out, "grad_out", {Dtype::bf16}, {T, D});
@@ -200,17 +224,24 @@ void backward(const PackedHandle& packed, const py::object& x, const py::object&
   experts_backward(w, call, g);
 }
 
-// Floating-point operations per second of all threads on registers only.
-double peak_flops(int64_t iterations) {
+// Operations per second of all threads on registers only.
+double peak_rate(double (*peak)(int64_t), int64_t iterations) {
   py::gil_scoped_release release;
   const int threads = num_threads();
   std::vector<double> done(threads);
   const auto start = std::chrono::steady_clock::now();
-  parallel_for(threads, [&](int64_t task, int) { done[task] = kernels().peak(iterations); });
+  parallel_for(threads, [&](int64_t task, int) { done[task] = peak(iterations); });
   const std::chrono::duration<double> seconds = std::chrono::steady_clock::now() - start;
   double total = 0;
   for (double d : done) total += d;
   return total / seconds.count();
+}
+
+double peak_flops(int64_t iterations) { return peak_rate(kernels().peak, iterations); }
+
+double peak_int8(int64_t iterations) {
+  KT_CHECK(kernels().peak_int8 != nullptr, "peak_int8: the kernels of ", kernels().name, " have no int8 products");
+  return peak_rate(kernels().peak_int8, iterations);
 }
 
 std::vector<std::string> isas() {
@@ -232,6 +263,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("num_threads", num_threads);
   m.def("set_num_threads", set_num_threads, py::arg("threads"));
   m.def("peak_flops", peak_flops, py::arg("iterations"), "measured multiply-add rate of all threads, from registers");
+  m.def("peak_int8", peak_int8, py::arg("iterations"), "the same of int8 multiply-adds");
+  m.def("computes_int8", [] { return kernels().gemm8 != nullptr; });
   m.def("workspace_bytes", Workspace::capacity);
   m.def("set_workspace_poison", Workspace::set_poison, py::arg("on"));
   m.def("packed_bytes", [](int experts, int hidden, int intermediate, const std::string& format, int group_size) {
@@ -251,6 +284,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("pack", pack);
   m.def("unpack", unpack);
   m.def("product", product, "out = act W^T, or act W if transposed; W is one projection of one expert");
+  m.def("product_int8", product_int8, "out = act W^T with act quantised per row and group of columns");
   m.def("forward", forward);
   m.def("backward", backward);
 }

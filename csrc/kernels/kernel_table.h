@@ -36,6 +36,31 @@ struct PackArgs {
   int64_t q_stride;  // tiles from one row of tiles to the next
 };
 
+// Rows [row0, row0 + rows) of a row-major matrix (view.qs == 1), columns [0, nq) from the view's base on, to int8.
+struct QuantizeRowsArgs {
+  DenseView view;
+  int row0, rows, nq;
+  int group;         // columns that share a scale: a multiple of 64, at most kMaxGroup8
+  int8_t* tiles;     // left tile of (row 0, column 0)
+  int64_t q_stride;  // tiles from one row of tiles to the next
+  float* scales;     // [row][groups]
+  int32_t* sums;     // [row][all_tiles]: sums of the codes of a row in a tile
+  int64_t groups, all_tiles;
+};
+
+// out[m][c - c0] = sum_q act[m][q] W[c][q] with int8 weights and the activations that quantize_rows made.
+struct Gemm8Args {
+  const int8_t* act;
+  const float* scales;
+  const int32_t* sums;
+  int q, group;
+  const PackedMatrix* packed;  // int8, per channel or in groups of a multiple of 64
+  int m, c0, nc;
+  float* out;
+  int64_t ldo;
+  void* scratch;  // gemm_scratch_bytes
+};
+
 // 32 rows of a weight matrix, row-major bf16 or fp32, to be quantised into block row nb of dst.
 struct QuantizeArgs {
   const void* weights;
@@ -62,6 +87,10 @@ struct KernelTable {
   void (*to_bf16)(const float* from, int n, uint16_t* to);
   bool (*quantize_strip)(const QuantizeArgs&);  // false if a weight is NaN or Inf
   double (*peak)(int64_t iterations);           // multiply-adds on registers only; returns the operations done
+  // Native int8 products; null where the ISA has no int8 dot product.
+  void (*quantize_rows)(const QuantizeRowsArgs&);
+  void (*gemm8)(const Gemm8Args&);
+  double (*peak_int8)(int64_t iterations);
 };
 
 // The table that KT_SFT_ISA names, or the best that this CPU runs. Throws if the CPU cannot run it.

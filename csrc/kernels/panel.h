@@ -33,6 +33,11 @@ constexpr int kMaxRows = 512;   // activation rows of one call: bounds the fp32 
 constexpr int kMaxCols = 128;   // output columns of one call: 512 x 128 x 4 B = 256 KiB, a share of L2
 constexpr int kPanelTiles = 8;  // reduction tiles decoded at once: 32 x 256 bf16 = 16 KiB, a third of L1
 
+// Native int8 products: tiles of 16 rows or columns x 64 reduction steps, see gemm8.h.
+constexpr int kSteps8 = 64, kTile8Bytes = kTileRows * kSteps8;
+constexpr int kMaxGroup8 = 256;                         // reduction steps that share an activation scale, at most
+constexpr int kInputGroup8 = 256, kHiddenGroup8 = 128;  // of the layer's input; of H, which has heavier tails
+
 constexpr int64_t round_up(int64_t value, int64_t unit) { return (value + unit - 1) / unit * unit; }
 constexpr int64_t ceil_div(int64_t value, int64_t unit) { return (value + unit - 1) / unit; }
 

@@ -44,6 +44,18 @@ struct TileUnit {
         for (int n = 0; n < 16; ++n)
           for (int h = 0; h < 2; ++h) tile(C)[m][n] += half(tile(A)[m][k], h) * half(tile(B)[k][n], h);
   }
+  template <int C, int A, int B>
+  static void dot8() {
+    alignas(64) int8_t a[16][16][4], b[16][16][4];
+    alignas(64) int32_t c[16][16];
+    __builtin_memcpy(a, tile(A), sizeof a), __builtin_memcpy(b, tile(B), sizeof b);
+    __builtin_memcpy(c, tile(C), sizeof c);
+    for (int m = 0; m < 16; ++m)
+      for (int k = 0; k < 16; ++k)
+        for (int n = 0; n < 16; ++n)
+          for (int i = 0; i < 4; ++i) c[m][n] += a[m][k][i] * b[k][n][i];
+    __builtin_memcpy(tile(C), c, sizeof c);
+  }
 };
 #else
 // Inline assembly instead of GCC 12's intrinsics: those take literal register numbers only and tell the compiler that a
@@ -66,6 +78,10 @@ struct TileUnit {
   template <int C, int A, int B>
   static void dot() {
     __asm__ volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(C), "i"(A), "i"(B));
+  }
+  template <int C, int A, int B>
+  static void dot8() {
+    __asm__ volatile("tdpbssd %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(C), "i"(A), "i"(B));
   }
 };
 #endif
@@ -129,13 +145,67 @@ struct AmxOps : Ops {
     }
   }
 
+  static void begin8() { begin(); }
+  static void store_quads(uint8_t* to, const uint8_t* first, const uint8_t* second) {
+    _mm512_storeu_si512(to, quads(first, second));
+  }
+  // TDPBSSD takes both factors signed: g.start is not needed.
+  static void multiply8(const Block8Args& g) {
+    const int m_tiles = (g.rows + kTileRows - 1) / kTileRows;
+    for (int i = 0; i < m_tiles; i += 2) {
+      alignas(64) int32_t sums[2][2][256];
+      const int8_t* left = g.left + i * g.left_stride * kTile8Bytes;
+      i + 1 < m_tiles ? sums8<2>(left, g, sums) : sums8<1>(left, g, sums);
+      for (int t = 0; t < 2 && i + t < m_tiles; ++t)
+        for (int h = 0; h < kStripTiles; ++h)
+          for (int r = 0; r < kTileRows && (i + t) * kTileRows + r < g.rows; ++r)
+            flush8(_mm512_load_si512(sums[t][h] + r * 16), g.row_scales[((i + t) * kTileRows + r) * g.row_groups],
+                   _mm512_loadu_ps(g.column_scales + h * 16), g.accumulate,
+                   g.c + ((i + t) * kStripTiles + h) * 256 + r * 16);
+    }
+  }
+  template <int I>
+  static void sums8(const int8_t* left, const Block8Args& g, int32_t (&sums)[2][2][256]) {
+    TileUnit::zero<0>(), TileUnit::zero<1>(), TileUnit::zero<2>(), TileUnit::zero<3>();
+    for (int t = 0; t < g.tiles; ++t) {
+      const uint8_t* right = g.right + t * kTile8Bytes;
+      TileUnit::load<4>(left + t * kTile8Bytes);
+      TileUnit::load<6>(right);
+      TileUnit::dot8<0, 4, 6>();
+      TileUnit::load<7>(right + kMaxGroup8 / kSteps8 * kTile8Bytes);
+      TileUnit::dot8<1, 4, 7>();
+      if constexpr (I > 1) {
+        TileUnit::load<5>(left + (g.left_stride + t) * kTile8Bytes);
+        TileUnit::dot8<2, 5, 6>();
+        TileUnit::dot8<3, 5, 7>();
+      }
+    }
+    TileUnit::store<0>(sums[0][0]), TileUnit::store<1>(sums[0][1]);
+    if constexpr (I > 1) TileUnit::store<2>(sums[1][0]), TileUnit::store<3>(sums[1][1]);
+  }
+
+  static double peak_int8(int64_t iterations) {
+    return 2.0 * peak_of([] { dots<true>(); }, iterations);
+  }
   static double peak(int64_t iterations) {
+    return peak_of([] { dots<false>(); }, iterations);
+  }
+  template <bool kInt8>
+  static void dots() {
+    if constexpr (kInt8) {
+      TileUnit::dot8<0, 4, 6>(), TileUnit::dot8<1, 4, 7>(), TileUnit::dot8<2, 5, 6>(), TileUnit::dot8<3, 5, 7>();
+    } else {
+      TileUnit::dot<0, 4, 6>(), TileUnit::dot<1, 4, 7>(), TileUnit::dot<2, 5, 6>(), TileUnit::dot<3, 5, 7>();
+    }
+  }
+  // Floating-point operations of bf16 dots; int8 ones do twice as many.
+  template <class Dots>
+  static double peak_of(Dots dots, int64_t iterations) {
     alignas(64) static const uint16_t ones[kTileElems] = {};
     begin();
     TileUnit::load<4>(ones), TileUnit::load<5>(ones), TileUnit::load<6>(ones), TileUnit::load<7>(ones);
     TileUnit::zero<0>(), TileUnit::zero<1>(), TileUnit::zero<2>(), TileUnit::zero<3>();
-    for (int64_t n = 0; n < iterations; ++n)
-      TileUnit::dot<0, 4, 6>(), TileUnit::dot<1, 4, 7>(), TileUnit::dot<2, 5, 6>(), TileUnit::dot<3, 5, 7>();
+    for (int64_t n = 0; n < iterations; ++n) dots();
     end();
     return 4.0 * 2 * 16 * 16 * kTileSteps * static_cast<double>(iterations);
   }

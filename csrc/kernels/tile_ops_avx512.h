@@ -33,6 +33,9 @@ struct Mac {
 };
 
 #include "kernels/vec_avx512.h"
+#ifdef __AVX512VNNI__
+#include "kernels/tile_ops_vnni.h"
+#endif
 
 struct Ops {
   using Elem = Mac::Elem;
@@ -62,6 +65,21 @@ struct Ops {
 #endif
   static void multiply(const BlockArgs& g) { multiply_tiles<Mac>(g); }
   static double peak(int64_t iterations) { return peak_of_registers<Mac>(iterations); }
+#ifdef __AVX512VNNI__
+  // 16 rows x 4 reduction steps from two rows of pairs, as unsigned codes + 128.
+  static void store_quads(uint8_t* to, const uint8_t* first, const uint8_t* second) {
+    _mm512_storeu_si512(to, _mm512_xor_si512(quads(first, second), _mm512_set1_epi32(int(0x80808080))));
+  }
+  static __m512i quads(const uint8_t* first, const uint8_t* second) {
+    const auto words = [](const uint8_t* p) {
+      return _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+    };
+    return _mm512_or_si512(words(first), _mm512_slli_epi32(words(second), 16));
+  }
+  static void multiply8(const Block8Args& g) { multiply8_vnni(g); }
+  static double peak_int8(int64_t iterations) { return peak_of_vnni(iterations); }
+  static void begin8() {}
+#endif
   static void begin() {}
   static void end() {}
 };

@@ -23,13 +23,29 @@ using ActiveOps = Ops;
 #include "kernels/gemm.h"
 #include "kernels/elementwise.h"
 #include "kernels/quantize.h"
+#ifdef __AVX512VNNI__
+#include "kernels/gemm8.h"
+#endif
 
 #define KT_STRING_(x) #x
 #define KT_STRING(x) KT_STRING_(x)
+struct Int8Kernels {
+  void (*quantize_rows)(const QuantizeRowsArgs&);
+  void (*gemm8)(const Gemm8Args&);
+  double (*peak)(int64_t);
+};
+#ifdef __AVX512VNNI__
+constexpr Int8Kernels kInt8{quantize_rows, gemm8, ActiveOps::peak_int8};
+constexpr size_t kAllScratchBytes = kScratch8Bytes > kScratchBytes ? kScratch8Bytes : kScratchBytes;
+#else
+constexpr Int8Kernels kInt8{};
+constexpr size_t kAllScratchBytes = kScratchBytes;
+#endif
+
 const KernelTable& table() {
   static constexpr KernelTable kTable{KT_STRING(KT_SFT_VARIANT),
                                       kTileElems * sizeof(Ops::Elem),
-                                      kScratchBytes,
+                                      kAllScratchBytes,
                                       pack_tiles,
                                       gemm,
                                       swiglu,
@@ -37,7 +53,10 @@ const KernelTable& table() {
                                       swiglu_backward,
                                       to_bf16_row,
                                       quantize_strip,
-                                      ActiveOps::peak};
+                                      ActiveOps::peak,
+                                      kInt8.quantize_rows,
+                                      kInt8.gemm8,
+                                      kInt8.peak};
   return kTable;
 }
 

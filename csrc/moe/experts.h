@@ -46,6 +46,10 @@ struct Lora {
   bool any() const { return factors[0].rank + factors[1].rank + factors[2].rank > 0; }
 };
 
+// Of the forward products: bf16 (codes decoded to bf16) or int8 (int8 codes as they are, activations quantised in
+// groups of columns; needs format int8 and an ISA with int8 dot products). Gradients are always computed in bf16.
+enum class Compute { bf16, int8 };
+
 struct LayerCall {
   int64_t tokens;
   int top_k;
@@ -53,6 +57,7 @@ struct LayerCall {
   const int64_t* ids;    // (T, K), checked by the caller
   const float* weights;  // (T, K)
   Lora lora;
+  Compute compute = Compute::bf16;
   uint16_t* gate =
       nullptr;  // (N, F) bf16, rows sorted by expert: written by forward, read by backward; null: recompute
   uint16_t* up = nullptr;

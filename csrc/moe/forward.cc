@@ -11,6 +11,7 @@ struct Forward {
   Plan plan;
   GateUpBuffers gate_up;
   void *h = nullptr, *h_lora = nullptr;  // left tiles (rows, F); h_lora == h without dropout
+  Int8Rows h8;                           // H, for segments computed in int8
   float* ha = nullptr;                   // (wave rows, R): s H A^T
   void* ha_tiles = nullptr;
   float* out;
@@ -24,6 +25,7 @@ struct Forward {
     gate_up.take(plan, workspace);
     h = plan.take_tiles(workspace, F);
     h_lora = lora.down_keep != nullptr ? plan.take_tiles(workspace, F) : h;
+    if (plan.int8()) h8.take(workspace, plan.wave_tile_limit, F, kHiddenGroup8);
     ha = workspace.take<float>(plan.wave_rows() * rank);
     ha_tiles = plan.take_tiles(workspace, rank);
   }
@@ -49,7 +51,8 @@ struct Forward {
                         nc,
                         plan.tile(h, s.tile0, f_tiles) + c0 / kTileSteps * plan.kernels.tile_bytes,
                         f_tiles};
-    plan.kernels.pack(pack);
+    if (plan.in_int8(s)) h8.quantize(plan.kernels, s.tile0, c0, pack.view, 0, s.rows, nc);
+    if (!plan.in_int8(s) || (h_lora == h && call.lora.factors[kDown].rank > 0)) plan.kernels.pack(pack);
     if (h_lora == h) return;
     for (int r = 0; r < s.rows; ++r) {
       const uint8_t* keep = call.lora.down_keep + int64_t{plan.order[s.row0 + r]} * F + c0;
@@ -82,12 +85,14 @@ struct Forward {
       const Segment& s = plan.segments[i];
       const PackedMatrix packed = plan.weights.matrix(s.expert, kDown);
       DenseView factor;
-      GemmTerm terms[2] = {{plan.tile(h, s.tile0, ceil_div(F, kTileSteps)), F, &packed, nullptr}, {}};
+      GemmTerm adapter{};
       if (f.rank > 0) {
         factor = factor_b(f, s.expert, D, Reduce::rank);
-        terms[1] = {plan.tile(ha_tiles, s.tile0, ceil_div(f.rank, kTileSteps)), f.rank, nullptr, &factor};
+        adapter = {plan.tile(ha_tiles, s.tile0, ceil_div(f.rank, kTileSteps)), f.rank, nullptr, &factor};
       }
-      plan.kernels.gemm({Side::left, terms, f.rank > 0 ? 2 : 1, s.rows, c0, nc, b.rows[0], nc, b.gemm});
+      segment_product(plan, b, s, c0, nc,
+                      {packed, plan.tile(h, s.tile0, ceil_div(F, kTileSteps)), h8, F, f.rank > 0 ? &adapter : nullptr,
+                       b.rows[0], b.rows[1]});
       for (int r = 0; r < s.rows; ++r) {
         const float w = plan.routing_weight(s.row0 + r);
         const float* y = b.rows[0] + r * nc;
@@ -105,7 +110,7 @@ struct Forward {
       const Wave& wave = plan.waves[i];
       const int64_t pieces = wave.end - wave.begin;
       gate_up.prepare(plan, wave);
-      const int f_step = plan.column_step(F, pieces), d_step = plan.column_step(D, 1);
+      const int f_step = plan.int8() ? kHiddenGroup8 : plan.column_step(F, pieces), d_step = plan.column_step(D, 1);
       parallel_for(pieces * ceil_div(F, f_step), [&](int64_t task, int thread) {
         const ColumnTask t = column_task(task, F, f_step);
         hidden_block(plan.segments[wave.begin + t.piece], t.c0, t.nc, plan.thread[thread]);

@@ -108,6 +108,21 @@ void rank_product(const Plan& plan, const Plan::ThreadBuffers& buffers, int rows
   plan.kernels.pack({p.side, {p.small, true, p.rank, 1}, 0, rows, 0, p.rank, p.tiles, ceil_div(p.rank, kTileSteps)});
 }
 
+void segment_product(const Plan& plan, const Plan::ThreadBuffers& buffers, const Segment& s, int c0, int nc,
+                     const SegmentProduct& p) {
+  const bool adapted = p.adapter != nullptr;
+  if (!plan.in_int8(s)) {
+    const GemmTerm base{p.act, p.q, &p.packed, nullptr};
+    const GemmTerm terms[2] = {base, adapted ? *p.adapter : base};
+    plan.kernels.gemm({Side::left, terms, adapted ? 2 : 1, s.rows, c0, nc, p.out, nc, buffers.gemm});
+    return;
+  }
+  p.act8.multiply(plan.kernels, s.tile0, p.packed, s.rows, c0, nc, p.out, nc, buffers.gemm);
+  if (!adapted) return;
+  plan.kernels.gemm({Side::left, p.adapter, 1, s.rows, c0, nc, p.spare, nc, buffers.gemm});
+  for (int64_t i = 0; i < int64_t{s.rows} * nc; ++i) p.out[i] += p.spare[i];
+}
+
 void pack_tokens(const Plan& plan, const Wave& wave, Side side, const uint16_t* matrix, int width, void* tiles) {
   constexpr int kRowsPerTask = 4 * kTileRows;
   constexpr int kTasks = kMaxRows / kRowsPerTask;
@@ -122,10 +137,26 @@ void pack_tokens(const Plan& plan, const Wave& wave, Side side, const uint16_t* 
   });
 }
 
+namespace {
+
+void quantize_tokens(const Plan& plan, const Wave& wave, const uint16_t* matrix, int width, const Int8Rows& rows) {
+  constexpr int kTasks = kMaxRows / kTileRows;
+  parallel_for(int64_t{wave.end - wave.begin} * kTasks, [&](int64_t task, int) {
+    const Segment& s = plan.segments[wave.begin + task / kTasks];
+    const int tile = static_cast<int>(task % kTasks), row = tile * kTileRows;
+    if (row >= s.rows || !plan.in_int8(s)) return;
+    rows.quantize(plan.kernels, s.tile0 + tile, 0, {matrix, false, width, 1, plan.token}, s.row0 + row,
+                  std::min(kTileRows, s.rows - row), width);
+  });
+}
+
+}  // namespace
+
 void GateUpBuffers::take(const Plan& plan, Workspace& workspace) {
   const Lora& lora = plan.call.lora;
   x = plan.take_tiles(workspace, plan.weights.hidden);
   x_lora = lora.x != nullptr ? plan.take_tiles(workspace, plan.weights.hidden) : x;
+  if (plan.int8()) x8.take(workspace, plan.wave_tile_limit, plan.weights.hidden, kInputGroup8);
   for (int p : {kGate, kUp}) {
     const int rank = lora.factors[p].rank;
     xa[p] = workspace.take<float>(plan.wave_rows() * rank);
@@ -137,6 +168,7 @@ void GateUpBuffers::prepare(const Plan& plan, const Wave& wave) const {
   const Lora& lora = plan.call.lora;
   const int D = plan.weights.hidden;
   pack_tokens(plan, wave, Side::left, plan.call.x, D, x);
+  if (plan.int8()) quantize_tokens(plan, wave, plan.call.x, D, x8);
   if (lora.x != nullptr) pack_tokens(plan, wave, Side::left, lora.x, D, x_lora);
   if (lora.factors[kGate].rank + lora.factors[kUp].rank == 0) return;
   parallel_for(int64_t{wave.end - wave.begin} * 2, [&](int64_t task, int thread) {
@@ -158,12 +190,14 @@ void GateUpBuffers::compute(const Plan& plan, const Plan::ThreadBuffers& buffers
     const LoraFactors& f = plan.call.lora.factors[p];
     const PackedMatrix packed = plan.weights.matrix(s.expert, static_cast<Projection>(p));
     DenseView factor;
-    GemmTerm terms[2] = {{plan.tile(x, s.tile0, ceil_div(D, kTileSteps)), D, &packed, nullptr}, {}};
+    GemmTerm adapter{};
     if (f.rank > 0) {
       factor = factor_b(f, s.expert, F, Reduce::rank);
-      terms[1] = {plan.tile(xa_tiles[p], s.tile0, ceil_div(f.rank, kTileSteps)), f.rank, nullptr, &factor};
+      adapter = {plan.tile(xa_tiles[p], s.tile0, ceil_div(f.rank, kTileSteps)), f.rank, nullptr, &factor};
     }
-    plan.kernels.gemm({Side::left, terms, f.rank > 0 ? 2 : 1, s.rows, c0, nc, buffers.rows[p], nc, buffers.gemm});
+    segment_product(plan, buffers, s, c0, nc,
+                    {packed, plan.tile(x, s.tile0, ceil_div(D, kTileSteps)), x8, D, f.rank > 0 ? &adapter : nullptr,
+                     buffers.rows[p], buffers.rows[2]});
   }
 }
 

@@ -3,6 +3,7 @@
 #include "common/workspace.h"
 #include "kernels/kernel_table.h"
 #include "moe/experts.h"
+#include "moe/int8_rows.h"
 
 namespace kt_sft {
 
@@ -51,6 +52,9 @@ struct Plan {
   }
   int64_t wave_rows() const { return wave_tile_limit * kTileRows; }
   int column_step(int columns, int64_t pieces) const;  // columns of a task: enough tasks for all threads
+  bool int8() const { return call.compute == Compute::int8; }
+  // Products of a few rows are bound by the codes and need no quantised activations.
+  bool in_int8(const Segment& s) const { return int8() && s.rows > kSkinnyRows; }
   float routing_weight(int sorted_row) const { return call.weights[order[sorted_row]]; }
 };
 
@@ -93,6 +97,7 @@ void rank_product(const Plan& plan, const Plan::ThreadBuffers& buffers, int rows
 // Gate and up of the segments of a wave, shared by forward and by a recomputing backward.
 struct GateUpBuffers {
   void *x, *x_lora;   // left tiles (rows, D); x_lora == x unless the call has its own
+  Int8Rows x8;        // X, for segments computed in int8
   float* xa[2];       // (wave rows, R): s X' A^T
   void* xa_tiles[2];  // the same as left tiles
   void take(const Plan& plan, Workspace& workspace);
@@ -100,6 +105,18 @@ struct GateUpBuffers {
   // gate and up of columns [c0, c0 + nc) into buffers.rows[0] and [1], ld = nc.
   void compute(const Plan& plan, const Plan::ThreadBuffers& buffers, const Segment& segment, int c0, int nc) const;
 };
+
+// One product of a segment: packed weights (in int8 if the segment is) plus an optional adapter term, into `out`.
+struct SegmentProduct {
+  const PackedMatrix& packed;
+  const void* act;       // left tiles of the segment; not read if it is computed in int8
+  const Int8Rows& act8;  // of the wave
+  int q;
+  const GemmTerm* adapter;  // or null
+  float *out, *spare;       // kMaxRows x kMaxCols each
+};
+void segment_product(const Plan& plan, const Plan::ThreadBuffers& buffers, const Segment& segment, int c0, int nc,
+                     const SegmentProduct& product);
 
 // Packs gathered rows of a (T, width) bf16 matrix for every segment of the wave.
 void pack_tokens(const Plan& plan, const Wave& wave, Side side, const uint16_t* matrix, int width, void* tiles);

@@ -4,6 +4,7 @@
 
 #include "common/thread_pool.h"
 #include "common/workspace.h"
+#include "moe/int8_rows.h"
 
 namespace kt_sft {
 
@@ -33,6 +34,33 @@ void packed_product(const PackedMatrix& weights, Side side, const uint16_t* act,
     kernels.gemm({side, &term, 1, static_cast<int>(std::min<int64_t>(kMaxRows, m - row)), c0,
                   std::min(kMaxCols, c - c0), out + row * c + c0, c,
                   scratch + round_up(kernels.gemm_scratch_bytes, 64) * thread});
+  });
+}
+
+void packed_product8(const PackedMatrix& weights, const uint16_t* act, int64_t m, int group, float* out) {
+  const KernelTable& kernels = kt_sft::kernels();
+  const int q = weights.cols, c = weights.rows;
+  const int64_t row_steps = ceil_div(m, kMaxRows), column_steps = ceil_div(c, kMaxCols);
+  Workspace workspace;
+  Int8Rows rows;
+  char* scratch = nullptr;
+  const auto take = [&] {
+    rows.take(workspace, ceil_div(m, kTileRows), q, group);
+    scratch = workspace.take<char>(round_up(kernels.gemm_scratch_bytes, 64) * num_threads());
+  };
+  take();
+  workspace.reserve();
+  take();
+  parallel_for(ceil_div(m, kTileRows), [&](int64_t tile, int) {
+    const int count = static_cast<int>(std::min<int64_t>(kTileRows, m - tile * kTileRows));
+    rows.quantize(kernels, tile, 0, {act, false, q, 1}, static_cast<int>(tile) * kTileRows, count, q);
+  });
+  parallel_for(row_steps * column_steps, [&](int64_t task, int thread) {
+    const int64_t row = task / column_steps * kMaxRows;
+    const int c0 = static_cast<int>(task % column_steps) * kMaxCols;
+    rows.multiply(kernels, row / kTileRows, weights, static_cast<int>(std::min<int64_t>(kMaxRows, m - row)), c0,
+                  std::min(kMaxCols, c - c0), out + row * c + c0, c,
+                  scratch + round_up(kernels.gemm_scratch_bytes, 64) * thread);
   });
 }
 

@@ -73,7 +73,7 @@ def experts_on_cpu(model_dir: StrPath, config: KtConfig, *, revision: str | None
     post_init, load = base.post_init, base.__dict__["from_pretrained"]
 
     def post_init_with_swap(self: Any) -> None:
-        swap_experts(self, config.activation_policy)
+        swap_experts(self, config)
         _ignore_expert_keys(self)
         post_init(self)
 
@@ -96,7 +96,7 @@ def convert_model(model: Any, config: KtConfig | dict[str, Any] | None = None, *
     """
     settings = as_config(config, **options)
     _set_threads(settings)
-    swapped = swap_experts(model, settings.activation_policy)
+    swapped = swap_experts(model, settings)
     if not swapped:
         raise _no_experts(model)
     for _, original, experts in tqdm(swapped, desc="packing experts", unit="layer"):
@@ -106,7 +106,7 @@ def convert_model(model: Any, config: KtConfig | dict[str, Any] | None = None, *
     return model
 
 
-def swap_experts(model: nn.Module, activation_policy: str) -> list[tuple[str, nn.Module, KtExperts]]:
+def swap_experts(model: nn.Module, config: KtConfig) -> list[tuple[str, nn.Module, KtExperts]]:
     """Exchange every routed-experts module for an empty ``KtExperts``: (path, original, replacement) per layer.
 
     All of them are checked before the first is exchanged.
@@ -134,7 +134,8 @@ def swap_experts(model: nn.Module, activation_policy: str) -> list[tuple[str, nn
             intermediate_size=spec.intermediate_size,
             names=spec.names,
             block_name=spec.block_name,
-            activation_policy=activation_policy,
+            activation_policy=config.activation_policy,
+            compute_type=config.compute_type,
             dtype=spec.dtype,
         )
         model.set_submodule(path, experts)

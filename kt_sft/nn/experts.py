@@ -100,12 +100,14 @@ class KtExperts(nn.Module):
         names: ProjectionNames = ProjectionNames(),  # noqa: B008 (immutable)
         block_name: str = "mlp",
         activation_policy: str = "retain",
+        compute_type: str = "bf16",
         dtype: torch.dtype = torch.float32,
     ) -> None:
         """``block_name`` is what checkpoints call the parent module, e.g. Mixtral's ``block_sparse_moe``."""
         super().__init__()
         self.num_experts, self.hidden_size, self.intermediate_size = num_experts, hidden_size, intermediate_size
-        self.names, self.block_name, self.activation_policy = names, block_name, activation_policy
+        self.names, self.block_name = names, block_name
+        self.activation_policy, self.compute_type = activation_policy, compute_type
         self._shared = _Shared()
         E, D, F = num_experts, hidden_size, intermediate_size
         for name, (inputs, outputs) in zip(names, ((D, F), (D, F), (F, D)), strict=True):
@@ -149,6 +151,7 @@ class KtExperts(nn.Module):
             self.packed,
             self._lora(),
             activation_policy=self.activation_policy,
+            compute_type=self.compute_type,
         )
         return out_TD.view(hidden_states.shape)
 
@@ -164,6 +167,7 @@ class KtExperts(nn.Module):
             self.packed,
             self._lora(),
             activation_policy=self.activation_policy,
+            compute_type=self.compute_type,
         )
 
     def _lora(self) -> ExpertsLora | None:

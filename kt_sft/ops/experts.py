@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from kt_sft import native
+
 from .packed import PackedExperts
 from .passes import Backward, Call, Forward
 from .threads import keep_openmp_from_spinning
@@ -75,6 +77,23 @@ def _check(x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, packed: PackedExper
         raise ValueError(f"activation_policy: expected {' or '.join(POLICIES)}, got {policy!r}")
 
 
+def _computes_in_int8(packed: PackedExperts, compute_type: str) -> bool:
+    if compute_type == "bf16":
+        return False
+    if compute_type != "int8":
+        raise ValueError(f"compute_type: expected bf16 or int8, got {compute_type!r}")
+    if packed.weight_format != "int8" or packed.group_size == 32:
+        raise ValueError(
+            "compute_type: int8 products need int8 weights with group_size 0, 64 or 128, "
+            f"got {packed.weight_format} with group_size {packed.group_size}; use compute_type bf16"
+        )
+    if not native.computes_int8():
+        raise ValueError(
+            f"compute_type: int8 needs a CPU with AMX or AVX512-VNNI, got {native.isa()}; use compute_type bf16"
+        )
+    return True
+
+
 class Arguments(NamedTuple):
     """Of one call, checked: what it is, and the tensors that autograd follows."""
 
@@ -90,6 +109,7 @@ def checked_arguments(
     lora: ExpertsLora | None = None,
     *,
     activation_policy: str = "retain",
+    compute_type: str = "bf16",
 ) -> Arguments:
     """Check what :func:`moe_experts` takes and draw its dropout. Raises ValueError."""
     _check(hidden_states, topk_ids, topk_weights, packed, activation_policy)
@@ -107,7 +127,7 @@ def checked_arguments(
         hidden_states.requires_grad or topk_weights.requires_grad or any(f.requires_grad for f in factors.values())
     )
     retain = differentiable and activation_policy == "retain"
-    call = Call(packed, tuple(factors), settings, differentiable, retain)
+    call = Call(packed, tuple(factors), settings, differentiable, retain, _computes_in_int8(packed, compute_type))
     return Arguments(call, (hidden_states, topk_ids, topk_weights, x_lora, *factors.values()))
 
 
@@ -144,16 +164,26 @@ def moe_experts(
     lora: ExpertsLora | None = None,
     *,
     activation_policy: str = "retain",
+    compute_type: str = "bf16",
 ) -> Tensor:
     """Routed experts of one layer; differentiable in hidden_states, topk_weights and all LoRA factors.
 
     hidden_states (T, D) float on any device, topk_ids (T, K) integers below E, topk_weights (T, K) float -> (T, D) with
     the dtype and device of hidden_states. Products take bf16 inputs and accumulate in fp32; the top-k combination is
     fp32. ``activation_policy`` retain keeps gate and up (2F bf16 values per routed row) for backward; recompute keeps
-    the hidden states only. Raises ValueError on shapes, dtypes, devices or expert ids that do not fit.
+    the hidden states only. ``compute_type`` int8 computes the forward products on int8 codes, with the hidden states
+    quantised per row and 256 columns, silu(gate) * up per row and 128 columns; gradients stay in bf16.
+    Raises ValueError on shapes, dtypes, devices or expert ids that do not fit, and on a compute_type that this CPU or
+    these weights do not allow.
     """
     call, tensors = checked_arguments(
-        hidden_states, topk_ids, topk_weights, packed, lora, activation_policy=activation_policy
+        hidden_states,
+        topk_ids,
+        topk_weights,
+        packed,
+        lora,
+        activation_policy=activation_policy,
+        compute_type=compute_type,
     )
     keep_openmp_from_spinning()
     if call.differentiable:

@@ -141,6 +141,7 @@ def submit_experts(
     lora: ExpertsLora | None = None,
     *,
     activation_policy: str = "retain",
+    compute_type: str = "bf16",
 ) -> PendingExperts:
     """Start :func:`moe_experts` with these arguments and return at once; ``wait()`` gives its output.
 
@@ -149,7 +150,13 @@ def submit_experts(
     expert ids out of range in ``wait()``.
     """
     call, tensors = checked_arguments(
-        hidden_states, topk_ids, topk_weights, packed, lora, activation_policy=activation_policy
+        hidden_states,
+        topk_ids,
+        topk_weights,
+        packed,
+        lora,
+        activation_policy=activation_policy,
+        compute_type=compute_type,
     )
     keep_openmp_from_spinning()
     return PendingExperts(call, tensors)

@@ -26,6 +26,7 @@ class Call(NamedTuple):
     settings: dict[str, Any]  # of LoRA, as the kernels take them: scaling, down_keep, keep_scale
     differentiable: bool
     retain: bool  # keep gate and up for backward
+    int8: bool  # forward products in int8
 
 
 class _Target(NamedTuple):
@@ -68,7 +69,7 @@ class Forward:
             gate, up = torch.empty(rows, dtype=torch.bfloat16), torch.empty(rows, dtype=torch.bfloat16)
         out_TD = torch.empty(x.shape, dtype=torch.float32)
         self.transfer.wait()
-        native.forward(*call.packed.native_args(), x, ids, weights, self._lora, gate, up, out_TD)
+        native.forward(*call.packed.native_args(), x, ids, weights, self._lora, gate, up, call.int8, out_TD)
         self._gate, self._up = gate, up
         out_TD = self.transfer.to_device(out_TD, *self._target)
         self.transfer.sent()
@@ -110,7 +111,7 @@ class Backward:
             lora["x"], grad_x_lora_TD = x_lora, torch.empty(x.shape, dtype=torch.float32)
         self.transfer.wait()
         native.backward(
-            *self.call.packed.native_args(), x, ids, weights, lora, gate, up,
+            *self.call.packed.native_args(), x, ids, weights, lora, gate, up, self.call.int8,
             self._grad_out, grad_x_TD, grad_x_lora_TD, grad_weights_TK,
         )  # fmt: skip
         grads = (grad_x_TD, grad_weights_TK, grad_x_lora_TD, *factor_grads.values())
