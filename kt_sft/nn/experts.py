@@ -17,7 +17,6 @@ Letters: T tokens, D hidden, F intermediate, E experts, K top-k, R LoRA rank.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any, NamedTuple, NoReturn
 
 import torch
@@ -34,8 +33,7 @@ class ProjectionNames(NamedTuple):
     down: str = "down_proj"
 
 
-@dataclass(frozen=True, kw_only=True)
-class LoraTerm:
+class LoraTerm(NamedTuple):
     """One adapter on one projection: adds ``scaling * (dropout(x) a_e^T) b_e^T`` for expert e."""
 
     a: Tensor  # (E, R, in)
@@ -171,8 +169,8 @@ class KtExperts(nn.Module):
         )
 
     def _lora(self) -> ExpertsLora | None:
-        terms = [self.get_submodule(name).lora_terms() for name in self.names]  # type: ignore[operator]
-        return combine_lora(*terms)
+        projections: Any = self._modules  # get_submodule costs 1.5 us each
+        return combine_lora(*[projections[name].lora_terms() for name in self.names])
 
     def extra_repr(self) -> str:
         state = f"{self.packed.weight_format}, {self.packed.nbytes / 2**20:.1f} MiB" if self.is_loaded else "not loaded"

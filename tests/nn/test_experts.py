@@ -43,6 +43,13 @@ def test_forward_equals_the_reference(experts: KtExperts) -> None:
     assert batched.shape == (1, T, D) and torch.equal(batched[0], experts(x, ids, weight))
 
 
+def test_submit_and_wait_are_the_forward(experts: KtExperts) -> None:
+    x, ids, weight = routing()
+    pending = experts.submit(x, ids, weight)
+    beside = x @ torch.ones(D, D)
+    assert torch.equal(pending.wait() + beside, experts(x, ids, weight) + beside)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_output_has_the_dtype_of_the_input(experts: KtExperts, dtype: torch.dtype) -> None:
     x, ids, weight = routing()

@@ -1,31 +1,74 @@
-"""Hidden states on a GPU: the same results as on the CPU, through pinned copies."""
+"""Hidden states on a GPU: the same results as on the CPU, through pinned copies on streams of their own."""
+
+import threading
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from kt_sft.ops import ExpertsLora, moe_experts
+from kt_sft.ops import ExpertsLora, moe_experts, overlap, submit_experts
 from tests.ops.test_experts import Case
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 
 
+def call_plain(*args, **options):
+    return moe_experts(*args, **options)
+
+
+def call_in_two_halves(*args, **options):
+    return submit_experts(*args, **options).wait()
+
+
+@pytest.mark.parametrize("call", [call_plain, call_in_two_halves])
 @pytest.mark.parametrize("policy", ["retain", "recompute"])
-def test_equals_the_cpu(policy):
+def test_equals_the_cpu(policy, call):
     layer = Case(T=100)
     expected = layer.run(policy)
     inputs = {name: t.detach().cuda().requires_grad_() for name, t in layer.inputs().items()}
     lora = ExpertsLora(**{n: inputs[n] for n in layer.factors}, scaling=layer.scaling)
     args = inputs["hidden_states"], layer.ids.cuda(), inputs["topk_weights"], layer.packed, lora
-    out = moe_experts(*args, activation_policy=policy)
+    out = call(*args, activation_policy=policy)
     out.backward(layer.grad_out.cuda())
     assert torch.equal(out.cpu(), expected["out"])
     for name, tensor in inputs.items():
         assert torch.equal(tensor.grad.cpu(), expected[name]), name
 
 
-def test_no_device_wide_synchronize(monkeypatch):
+@pytest.mark.parametrize("call", [call_plain, call_in_two_halves])
+def test_inputs_and_results_are_ordered_with_the_current_stream(call):
+    """The inputs are still being computed when the call begins, and the output is used at once, over and over."""
+    layer = Case(T=200, R=0)
+    want = layer.run()["out"]
+    x, ids, weights = layer.x.detach().cuda(), layer.ids.cuda(), layer.weights.detach().cuda()
+    load = torch.randn(4096, 4096, device="cuda")
+    for _ in range(10):
+        late = x + (0 * (load @ load)[:200, :64]).to(x.dtype)
+        out = call(late, ids, weights, layer.packed)
+        del late
+        torch.full((200, 64), float("nan"), dtype=x.dtype, device="cuda")  # what took the place of a freed input
+        assert torch.equal((out + 0).cpu(), want)
+
+
+def test_the_gpu_computes_while_the_kernels_run():
+    layer = Case(T=50, R=0)
+    want = layer.run()["out"]
+    x, ids, weights = layer.x.detach().cuda(), layer.ids.cuda(), layer.weights.detach().cuda()
+    release = threading.Event()
+    overlap._start(SimpleNamespace(run=lambda: release.wait(60)))
+    try:
+        pending = submit_experts(x, ids, weights, layer.packed)
+        beside = (x * 2).cpu()  # waits for the stream; would not end if the stream waited for the kernels
+        assert not pending.done()
+    finally:
+        release.set()
+    assert torch.equal(pending.wait().cpu(), want) and torch.equal(beside, layer.x.detach() * 2)
+
+
+@pytest.mark.parametrize("call", [call_plain, call_in_two_halves])
+def test_no_device_wide_synchronize(monkeypatch, call):
     monkeypatch.setattr(torch.cuda, "synchronize", lambda *_: pytest.fail("device-wide synchronize"))
     layer = Case(T=10)
     x = layer.x.detach().cuda().requires_grad_()
-    moe_experts(x, layer.ids.cuda(), layer.weights.detach().cuda(), layer.packed).sum().backward()
+    call(x, layer.ids.cuda(), layer.weights.detach().cuda(), layer.packed).sum().backward()
     assert x.grad.isfinite().all()

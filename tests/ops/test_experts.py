@@ -1,5 +1,6 @@
 """The autograd function against the float64 oracle on the dequantised weights: every output and gradient by name."""
 
+import copy
 import subprocess
 import sys
 import threading
@@ -258,6 +259,59 @@ def test_bad_factors_and_settings_raise_value_errors():
     layer.factors["up_b"] = layer.factors["up_b"].detach()[:, :-1]
     with pytest.raises(ValueError, match=r"up_b: expected shape \(4, 96, 8\), got \(4, 95, 8\)"):
         layer.forward()
+
+
+@pytest.mark.parametrize(
+    ("argument", "value", "message"),
+    [
+        ("x", [1.0], r"hidden_states: expected a torch tensor, got <class 'list'>"),
+        ("x", torch.zeros(5, 64), "hidden_states: expected dtype torch.bfloat16, got torch.float32"),
+        ("x", torch.zeros(5, 64, dtype=torch.bfloat16, device="meta"), "expected a CPU tensor, got one on meta"),
+        ("x", torch.zeros(64, 5, dtype=torch.bfloat16).T, "hidden_states: expected a contiguous tensor"),
+        ("x", torch.zeros(4, 64, dtype=torch.bfloat16), r"hidden_states: expected shape \(5, 64\), got \(4, 64\)"),
+        ("ids", 3, r"topk_ids: expected a torch tensor, got <class 'int'>"),
+        ("ids", torch.zeros(5, dtype=torch.int64), r"topk_ids: expected shape \(T, K\), got \(5\)"),
+        ("weights", torch.zeros(5, 3), r"topk_weights: expected shape \(5, 2\), got \(5, 3\)"),
+        ("lora", {"gate_a": torch.zeros(4, 2, 64)}, "lora: expected both or none of gate_a and gate_b"),
+        ("lora", {"up_a": torch.zeros(4, 64), "up_b": 0}, r"up_a: expected shape \(E, R, 64\), got \(4, 64\)"),
+        ("lora", {"up_a": torch.zeros(4, 2, 64).half(), "up_b": 0}, "expected dtype torch.bfloat16 or torch.float32, got"),
+        ("out", torch.zeros(5, 64).double(), "out: expected dtype torch.float32, got torch.float64"),
+    ],
+)  # fmt: skip
+def test_the_kernels_check_their_arguments(argument, value, message):
+    layer = Case(T=5)
+    arguments = {"x": layer.x, "ids": layer.ids, "weights": layer.weights, "lora": {}, "gate": None, "up": None}
+    arguments["out"] = torch.empty(5, 64)
+    native.forward(*layer.packed.native_args(), *arguments.values())
+    arguments[argument] = value
+    with pytest.raises(ValueError, match=message):
+        native.forward(*layer.packed.native_args(), *arguments.values())
+
+
+def test_packed_experts_stay_where_they_are_or_are_copied():
+    layer = Case(T=5, R=0)
+    expected = layer.forward()
+    with pytest.raises(AttributeError):
+        layer.packed.storage = layer.packed.storage.clone()
+    original, layer.packed = layer.packed, copy.deepcopy(layer.packed)
+    assert layer.packed.storage.data_ptr() != original.storage.data_ptr()
+    assert torch.equal(layer.forward(), expected)
+    layer.packed.storage.resize_(4 * layer.packed.nbytes)
+    with pytest.raises(ValueError, match="storage: expected the memory that these experts were made of"):
+        layer.forward()
+
+
+def test_gate_and_up_are_kept_only_for_a_backward(monkeypatch):
+    kept, forward = [], native.forward
+    monkeypatch.setattr(native, "forward", lambda *args: kept.append(args[-2] is not None) or forward(*args))
+    layer = Case(T=5, R=0)
+    layer.forward("retain")
+    layer.forward("recompute")
+    with torch.no_grad():
+        layer.forward("retain")
+    layer.x, layer.weights = layer.x.detach(), layer.weights.detach()
+    assert not layer.forward("retain").requires_grad
+    assert kept == [True, False, False, False]
 
 
 WORKSPACE = """
