@@ -274,7 +274,7 @@ def test_bad_factors_and_settings_raise_value_errors():
         ("weights", torch.zeros(5, 3), r"topk_weights: expected shape \(5, 2\), got \(5, 3\)"),
         ("lora", {"gate_a": torch.zeros(4, 2, 64)}, "lora: expected both or none of gate_a and gate_b"),
         ("lora", {"up_a": torch.zeros(4, 64), "up_b": 0}, r"up_a: expected shape \(E, R, 64\), got \(4, 64\)"),
-        ("lora", {"up_a": torch.zeros(4, 2, 64).half(), "up_b": 0}, "expected dtype torch.bfloat16 or torch.float32, got"),
+        ("lora", {"up_a": torch.zeros(4, 2, 64).half(), "up_b": 0}, "dtype torch.bfloat16 or torch.float32, got"),
         ("out", torch.zeros(5, 64).double(), "out: expected dtype torch.float32, got torch.float64"),
     ],
 )  # fmt: skip
