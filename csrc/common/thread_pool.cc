@@ -23,24 +23,36 @@ namespace {
 
 constexpr auto kSpin = std::chrono::microseconds(50);  // longer than the gap between two loops of one layer
 
-void futex_wait(std::atomic<uint32_t>& word, uint32_t expected) {
-  syscall(SYS_futex, reinterpret_cast<uint32_t*>(&word), FUTEX_WAIT_PRIVATE, expected, nullptr, nullptr, 0);
-}
+constexpr uint32_t kClosed = uint32_t{1} << 31;
 
-void futex_wake_all(std::atomic<uint32_t>& word) {
-  syscall(SYS_futex, reinterpret_cast<uint32_t*>(&word), FUTEX_WAKE_PRIVATE, INT_MAX, nullptr, nullptr, 0);
-}
+// A word that threads wait on; waking costs a system call only if a thread sleeps.
+struct Signal {
+  std::atomic<uint32_t> value;
+  std::atomic<int> sleepers{0};
 
-// Returns once word != old: spins first, then sleeps.
-void wait_change(std::atomic<uint32_t>& word, uint32_t old) {
-  const auto until = std::chrono::steady_clock::now() + kSpin;
-  while (word.load(std::memory_order_acquire) == old) {
-    for (int i = 0; i < 64; ++i) _mm_pause();
-    if (std::chrono::steady_clock::now() > until) break;
+  // Returns once value != old: spins first, then sleeps.
+  void wait_change(uint32_t old) {
+    const auto until = std::chrono::steady_clock::now() + kSpin;
+    while (value.load(std::memory_order_acquire) == old) {
+      for (int i = 0; i < 64; ++i) _mm_pause();
+      if (std::chrono::steady_clock::now() > until) break;
+    }
+    if (value.load(std::memory_order_acquire) != old) return;
+    sleepers.fetch_add(1);  // before the kernel compares: whoever changes value after that sees a sleeper
+    while (value.load() == old)
+      syscall(SYS_futex, reinterpret_cast<uint32_t*>(&value), FUTEX_WAIT_PRIVATE, old, nullptr, nullptr, 0);
+    sleepers.fetch_sub(1);
   }
-  while (word.load(std::memory_order_acquire) == old) futex_wait(word, old);
-}
 
+  // After a sequentially consistent change of value.
+  void wake_all() {
+    if (sleepers.load() > 0)
+      syscall(SYS_futex, reinterpret_cast<uint32_t*>(&value), FUTEX_WAKE_PRIVATE, INT_MAX, nullptr, nullptr, 0);
+  }
+};
+
+// The caller opens a loop, drains it together with the workers that come in time, closes it and waits for those
+// inside: a worker that the system has not scheduled yet delays nobody.
 struct Pool {
   explicit Pool(int threads) : threads(threads) {
     for (int i = 1; i < threads; ++i) std::thread([this, i] { worker(i); }).detach();
@@ -48,60 +60,56 @@ struct Pool {
 
   void worker(int thread) {
     for (uint32_t seen = 0;;) {
-      wait_change(generation, seen);
-      seen = generation.load(std::memory_order_acquire);
-      if (stop.load(std::memory_order_relaxed)) {
-        leave();
-        return;
-      }
+      loops.wait_change(seen);
+      seen = loops.value.load(std::memory_order_acquire);
+      if (stop.load(std::memory_order_relaxed)) return;
+      if (!enter()) continue;
       drain(thread);
       leave();
     }
   }
 
+  bool enter() {
+    uint32_t count = inside.value.load(std::memory_order_relaxed);
+    do {
+      if (count & kClosed) return false;
+    } while (!inside.value.compare_exchange_weak(count, count + 1, std::memory_order_acq_rel));
+    return true;
+  }
+
   void leave() {
-    if (busy.fetch_sub(1, std::memory_order_acq_rel) == 1) {
-      done.fetch_add(1, std::memory_order_release);
-      futex_wake_all(done);
-    }
+    if (inside.value.fetch_sub(1) - 1 == kClosed) inside.wake_all();
   }
 
   void drain(int thread) {
     for (int64_t t; (t = next.fetch_add(1, std::memory_order_relaxed)) < tasks;) fn(context, t, thread);
   }
 
-  void start(int64_t count, TaskFn task_fn, void* task_context) {
+  void run(int64_t count, TaskFn task_fn, void* task_context) {
     tasks = count, fn = task_fn, context = task_context;
     next.store(0, std::memory_order_relaxed);
-    busy.store(threads - 1, std::memory_order_relaxed);
-    generation.fetch_add(1, std::memory_order_release);
-    futex_wake_all(generation);
-  }
-
-  void run(int64_t count, TaskFn task_fn, void* task_context) {
-    const uint32_t before = done.load(std::memory_order_relaxed);
-    start(count, task_fn, task_context);
+    inside.value.store(0, std::memory_order_release);
+    loops.value.fetch_add(1);
+    loops.wake_all();
     drain(0);
-    wait_change(done, before);
+    inside.value.fetch_or(kClosed, std::memory_order_acq_rel);
+    for (uint32_t left; (left = inside.value.load(std::memory_order_acquire)) != kClosed;) inside.wait_change(left);
   }
 
   void shut_down() {
-    if (threads == 1) return;
-    const uint32_t before = done.load(std::memory_order_relaxed);
     stop.store(true, std::memory_order_relaxed);
-    start(0, nullptr, nullptr);
-    wait_change(done, before);
+    loops.value.fetch_add(1);
+    loops.wake_all();
   }
 
   const int threads;
   std::atomic<bool> stop{false};
-  int64_t tasks = 0;
+  int64_t tasks = 0;  // these three: written while no worker is inside
   TaskFn fn = nullptr;
   void* context = nullptr;
   alignas(64) std::atomic<int64_t> next{0};
-  alignas(64) std::atomic<int> busy{0};
-  alignas(64) std::atomic<uint32_t> generation{0};
-  alignas(64) std::atomic<uint32_t> done{0};
+  alignas(64) Signal loops{{0}};         // counts the loops
+  alignas(64) Signal inside{{kClosed}};  // workers in the loop, and whether more may come
 };
 
 // The siblings of one core share its vector and tile units: its list of CPUs names the core.
@@ -154,7 +162,7 @@ void run_tasks(int64_t tasks, TaskFn fn, void* context) {
   if (pool == nullptr || pool->threads != wanted()) {
     static const int registered = pthread_atfork(nullptr, nullptr, forget_after_fork);
     (void)registered;
-    if (pool != nullptr) pool->shut_down();  // its few bytes stay: a worker may still be returning from them
+    if (pool != nullptr) pool->shut_down();  // its few bytes stay: workers are still returning from them
     pool = new Pool(wanted());
   }
   pool->run(tasks, fn, context);
