@@ -10,6 +10,16 @@ constexpr int kPanel8Bytes = kStripTiles * kPanel8Tiles * kTile8Bytes;
 constexpr size_t kScratch8Bytes =
     kPanel8Bytes + kMaxRows * sizeof(int32_t) + size_t{kMaxRows} * kMaxCols * sizeof(float);
 
+// Largest |v|. Bit patterns of magnitudes order like magnitudes, and integer maxima vectorise.
+inline float largest(const float* v, int n) {
+  uint32_t peak = 0;
+  for (int i = 0; i < n; ++i) {
+    const uint32_t bits = bits_of(v[i]) & 0x7fffffff;
+    peak = bits > peak ? bits : peak;
+  }
+  return float_of(peak);
+}
+
 // Rows of one call as left tiles, with a scale per row and group and the sum of the codes per row and tile.
 inline void quantize_rows(const QuantizeRowsArgs& a) {
   alignas(64) float values[kMaxGroup8];
@@ -28,7 +38,7 @@ inline void quantize_rows(const QuantizeRowsArgs& a) {
         values[i] = a.view.is_float ? static_cast<const float*>(a.view.base)[at + q0 + i]
                                     : from_bf16(static_cast<const uint16_t*>(a.view.base)[at + q0 + i]);
       for (int i = n; i < padded; ++i) values[i] = 0;
-      const float peak = float_of(peak_bits(values, padded)), scale = peak * (1.0f / 127.0f);
+      const float scale = largest(values, padded) * (1.0f / 127.0f);
       const float inverse = scale >= kSmallestScale ? 1.0f / scale : 0.0f;
       for (int i = 0; i < padded; ++i) {
         const float rounded = (values[i] * inverse + 12582912.0f) - 12582912.0f;  // to nearest even
