@@ -74,7 +74,7 @@ def _calls() -> dict[str, tuple[bool, Callable[[], object]]]:
     xd, wd = x.detach(), weights.detach()
     return {
         "native forward": (
-            False, lambda: native.forward(*packed.native_args(), xd, ids, wd, {}, None, None, out)
+            False, lambda: native.forward(*packed.native_args(), xd, ids, wd, {}, None, None, False, out)
         ),
         "moe_experts, no grad": (False, lambda: moe_experts(xd, ids, wd, packed)),
         "moe_experts, forward": (True, lambda: moe_experts(x, ids, weights, packed)),

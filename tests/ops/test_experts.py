@@ -281,7 +281,7 @@ def test_bad_factors_and_settings_raise_value_errors():
 def test_the_kernels_check_their_arguments(argument, value, message):
     layer = Case(T=5)
     arguments = {"x": layer.x, "ids": layer.ids, "weights": layer.weights, "lora": {}, "gate": None, "up": None}
-    arguments["out"] = torch.empty(5, 64)
+    arguments |= {"int8": False, "out": torch.empty(5, 64)}
     native.forward(*layer.packed.native_args(), *arguments.values())
     arguments[argument] = value
     with pytest.raises(ValueError, match=message):
@@ -303,7 +303,7 @@ def test_packed_experts_stay_where_they_are_or_are_copied():
 
 def test_gate_and_up_are_kept_only_for_a_backward(monkeypatch):
     kept, forward = [], native.forward
-    monkeypatch.setattr(native, "forward", lambda *args: kept.append(args[-2] is not None) or forward(*args))
+    monkeypatch.setattr(native, "forward", lambda *args: kept.append(args[-3] is not None) or forward(*args))
     layer = Case(T=5, R=0)
     layer.forward("retain")
     layer.forward("recompute")
