@@ -1,8 +1,8 @@
-// Decoders of 16 pairs of codes of one format, without scales:
+// One format: codes of 16 pairs, without scales:
 //   decode        two vectors of 16 floats: column 2p and column 2p + 1 of 16 rows n
 //   decode_pairs  the same in memory order: (n, 2p), (n, 2p + 1) of rows 0 to 7, then of rows 8 to 15; kOrdered says
-//   that
-//                 this is the cheaper one
+//                 that this is the cheaper one
+//   encode        stores two vectors of 16 codes, |code| <= kLargestCode; kSearchesScale: see quantize.h
 // Written once over the vector vocabulary V of the ISA; included inside the variant's namespace.
 #pragma once
 
@@ -31,6 +31,12 @@ struct Int8 {
     even = V::to_f32(V::template shift_right<24>(V::template shift_left<24>(words)));
     odd = V::to_f32(V::template shift_right<8>(words));
   }
+  static constexpr int kLargestCode = 127;
+  static constexpr bool kSearchesScale = false;
+  template <class V>
+  static void encode(typename V::I32 even, typename V::I32 odd, uint8_t* pairs) {
+    V::store_low16(pairs, V::bit_or(V::bit_and(even, V::splat_i32(0xff)), V::template shift_left<8>(odd)));
+  }
 };
 
 struct Int4 {
@@ -41,5 +47,11 @@ struct Int4 {
     const auto words = V::load_i8(pairs);
     even = V::low_nibble(words);
     odd = V::low_nibble(V::template shift_right<4>(words));
+  }
+  static constexpr int kLargestCode = 7;
+  static constexpr bool kSearchesScale = true;
+  template <class V>
+  static void encode(typename V::I32 even, typename V::I32 odd, uint8_t* pairs) {
+    V::store_low8(pairs, V::bit_or(V::bit_and(even, V::splat_i32(0xf)), V::template shift_left<4>(odd)));
   }
 };

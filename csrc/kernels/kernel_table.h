@@ -67,9 +67,7 @@ struct QuantizeArgs {
   bool is_float;
   const PackedMatrix* dst;
   int nb;
-  void* scratch;  // quantize_scratch_bytes
 };
-constexpr int64_t quantize_scratch_bytes(int64_t padded_cols) { return padded_cols * (3 * 4 + kBlock * 2); }
 
 struct KernelTable {
   const char* name;

@@ -1,8 +1,8 @@
 #include "kernels/pack.h"
 
+#include <algorithm>
 #include <atomic>
 #include <cstring>
-#include <vector>
 
 #include "common/bf16.h"
 #include "common/thread_pool.h"
@@ -11,22 +11,30 @@
 namespace kt_sft {
 namespace {
 
-float decode_element(const PackedMatrix& w, int n, int k) {
-  const int nb = n / kBlock, kb = k / kBlock;
-  const uint8_t* pair = w.block(nb, kb) + ((k % kBlock / 2) * kBlock + n % kBlock) * pair_bytes(w.format);
-  const bool high = k % 2;
+uint32_t pair_of(float even, float odd) { return float_to_bf16(even) | uint32_t{float_to_bf16(odd)} << 16; }
+
+// A block -> pairs of bf16 [p][n], written from panel.h alone: no decoder of the kernels is used, which makes unpacking
+// a check on them.
+void unpack_block(const PackedMatrix& w, int nb, int kb, uint32_t* pairs) {
+  const uint8_t* block = w.block(nb, kb);
   if (w.format == Format::bf16) {
-    uint16_t bits;
-    std::memcpy(&bits, pair + 2 * high, 2);
-    return bf16_to_float(bits);
+    std::memcpy(pairs, block, kPairs * kBlock * sizeof *pairs);
+    return;
   }
-  int code;
-  if (w.format == Format::int8) {
-    code = static_cast<int8_t>(pair[high]);
-  } else {
-    code = high ? static_cast<int8_t>(pair[0]) >> 4 : static_cast<int8_t>(pair[0] << 4) >> 4;
+  float scale[kBlock];
+  for (int n = 0; n < kBlock; ++n) scale[n] = bf16_to_float(w.block_scales(nb, kb)[n]);
+  for (int p = 0; p < kPairs; ++p, pairs += kBlock, block += kBlock * pair_bytes(w.format)) {
+    if (w.format == Format::int8) {
+      const auto* codes = reinterpret_cast<const int8_t*>(block);
+      for (int n = 0; n < kBlock; ++n) pairs[n] = pair_of(codes[2 * n] * scale[n], codes[2 * n + 1] * scale[n]);
+    } else {
+      for (int n = 0; n < kBlock; ++n) {
+        const int both = static_cast<int8_t>(block[n]);
+        const int low = static_cast<int8_t>(block[n] << 4) >> 4;
+        pairs[n] = pair_of(low * scale[n], (both >> 4) * scale[n]);
+      }
+    }
   }
-  return static_cast<float>(code) * bf16_to_float(w.block_scales(nb, kb)[n % kBlock]);
 }
 
 }  // namespace
@@ -34,17 +42,23 @@ float decode_element(const PackedMatrix& w, int n, int k) {
 bool pack_matrix(const PackedMatrix& dst, const void* weights, bool is_float) {
   std::atomic<bool> finite{true};
   parallel_for(dst.row_blocks(), [&](int64_t nb, int) {
-    static thread_local std::vector<char> scratch;
-    scratch.resize(quantize_scratch_bytes(int64_t{dst.col_blocks()} * kBlock));
-    if (!kernels().quantize_strip({weights, is_float, &dst, static_cast<int>(nb), scratch.data()})) finite = false;
+    if (!kernels().quantize_strip({weights, is_float, &dst, static_cast<int>(nb)})) finite = false;
   });
   return finite;
 }
 
 void unpack_matrix(const PackedMatrix& src, uint16_t* out) {
   parallel_for(src.row_blocks(), [&](int64_t nb, int) {
-    for (int n = static_cast<int>(nb) * kBlock; n < (nb + 1) * kBlock && n < src.rows; ++n)
-      for (int k = 0; k < src.cols; ++k) out[int64_t{n} * src.cols + k] = float_to_bf16(decode_element(src, n, k));
+    const int n0 = static_cast<int>(nb) * kBlock, rows = std::min(kBlock, src.rows - n0);
+    for (int kb = 0; kb < src.col_blocks(); ++kb) {
+      uint32_t pairs[kPairs * kBlock], row[kPairs];
+      unpack_block(src, static_cast<int>(nb), kb, pairs);
+      const int cols = std::min(kBlock, src.cols - kb * kBlock);
+      for (int n = 0; n < rows; ++n) {
+        for (int p = 0; p < kPairs; ++p) row[p] = pairs[p * kBlock + n];
+        std::memcpy(out + int64_t{n0 + n} * src.cols + kb * kBlock, row, cols * sizeof *out);
+      }
+    }
   });
 }
 

@@ -1,135 +1,259 @@
 // Quantise 32 rows of a weight matrix and store them in the packed block layout.
 //   scale = bf16, code = clamp(rint(w / scale), -q, q) per row and group of columns; q = 127 (int8), 7 (int4)
 // int8 takes max|w| / q rounded up to bf16, so that nothing is clipped; int4 takes, of nine fractions of max|w| / q,
-// the one with the least squared error. kt_sft/ops/quantize.py is the oracle, bit for bit. Included inside the
-// variant's namespace.
+// the one with the least squared error: sum of (code - w / scale)^2, times scale^2, in fp32, added column by column
+// within 32 columns, then block by block. kt_sft/ops/quantize.py is the oracle, bit for bit.
+// Rows are lanes: a block of 32 x 32 weights is turned once, after which every step treats 16 rows alike and the codes
+// leave in the order of the block. Included inside the variant's namespace.
 #pragma once
 
 constexpr float kSmallestScale = 1.17549435e-38f;  // below, 1 / scale may overflow: such weights become zeros
-constexpr uint32_t kInfinityBits = 0x7f800000;
+constexpr int kInfinityBits = 0x7f800000;
+constexpr int kMagnitudeBits = 0x7fffffff;
+constexpr int kAhead = 8;  // blocks between the prefetch of a source line and its use: 32 rows of 64 bytes per block
 
-inline float max_of(float a, float b) { return a > b ? a : b; }
-inline float min_of(float a, float b) { return a < b ? a : b; }
+// 32 columns of 32 rows: [half][column][16 rows].
+struct WeightTile {
+  alignas(64) float w[kStripTiles][kBlock][kTileRows];
+};
 
-// Largest |w| as bits; at least kInfinityBits if any is NaN or Inf. Bit patterns of magnitudes order like magnitudes.
-inline uint32_t peak_bits(const float* w, int n) {
-  uint32_t peak = 0;
-  for (int i = 0; i < n; ++i) {
-    const uint32_t bits = bits_of(w[i]) & 0x7fffffff;
-    peak = bits > peak ? bits : peak;
+// ---- reading the source
+// ----------------------------------------------------------------------------------------------
+
+// Pointers to 32 columns of 16 rows, from (row0, col0); what the matrix lacks is zeros in `edge` ([16][32]).
+template <class Src>
+inline void source_rows(const QuantizeArgs& a, int row0, int col0, Src* edge, const Src** rows) {
+  const PackedMatrix& m = *a.dst;
+  const int count = min_int(kBlock, m.cols - col0);
+  for (int i = 0; i < kTileRows; ++i) {
+    const Src* from = static_cast<const Src*>(a.weights) + int64_t{row0 + i} * m.cols + col0;
+    if (row0 + i < m.rows && count == kBlock) {
+      rows[i] = from;
+      const int64_t ahead = int64_t{kAhead} * kBlock;
+      if (col0 + ahead < m.cols) __builtin_prefetch(from + ahead);
+      continue;
+    }
+    rows[i] = edge + i * kBlock;
+    for (int k = 0; k < kBlock; ++k) edge[i * kBlock + k] = row0 + i < m.rows && k < count ? from[k] : Src{0};
   }
+}
+
+// 16 rows of 32 bf16 weights -> 16 x 16 words: pair p of row i at [p][i], as bf16 blocks store them.
+inline void turn_pairs(const uint16_t* const* rows, uint32_t* pairs) {
+  const uint32_t* words[kTileRows];
+  for (int i = 0; i < kTileRows; ++i) words[i] = reinterpret_cast<const uint32_t*>(rows[i]);
+  transpose16(words, pairs);
+}
+
+inline void load_tile(const QuantizeArgs& a, int kb, WeightTile& tile) {
+  for (int half = 0; half < kStripTiles; ++half) {
+    const int row0 = a.nb * kBlock + half * kTileRows;
+    float* out = tile.w[half][0];
+    if (a.is_float) {
+      alignas(64) float edge[kTileRows * kBlock];
+      const float* rows[kTileRows];
+      source_rows(a, row0, kb * kBlock, edge, rows);
+      for (int k = 0; k < kBlock; k += 16) {
+        const uint32_t* words[kTileRows];
+        for (int i = 0; i < kTileRows; ++i) words[i] = reinterpret_cast<const uint32_t*>(rows[i] + k);
+        transpose16(words, reinterpret_cast<uint32_t*>(out + k * kTileRows));
+      }
+      continue;
+    }
+    alignas(64) uint16_t edge[kTileRows * kBlock];
+    alignas(64) uint32_t pairs[kPairs * kTileRows];
+    const uint16_t* rows[kTileRows];
+    source_rows(a, row0, kb * kBlock, edge, rows);
+    turn_pairs(rows, pairs);
+    for (int p = 0; p < kPairs; ++p, out += 2 * kTileRows) {
+      const auto words = Vec::load_i32(pairs + p * kTileRows);
+      Vec::store(out, Vec::as_f32(Vec::shift_left<16>(words)));
+      Vec::store(out + kTileRows, Vec::as_f32(Vec::high_half(words)));
+    }
+  }
+}
+
+// ---- scales and codes of 16 rows
+// --------------------------------------------------------------------------------------
+
+struct Scale {
+  Vec::F32 value, inverse;
+};
+
+inline Scale with_inverse(Vec::F32 value) {
+  const auto inverse = Vec::div(Vec::broadcast(1.0f), value);
+  return {value, Vec::select_less(value, Vec::broadcast(kSmallestScale), Vec::zero(), inverse)};
+}
+
+inline Scale bf16_at_least(Vec::F32 v) {
+  const auto bits = Vec::round_bf16(v);
+  const auto nearest = Vec::as_f32(bits), above = Vec::as_f32(Vec::add_i32(bits, Vec::splat_i32(0x10000)));
+  return with_inverse(Vec::select_less(nearest, v, above, nearest));
+}
+
+inline Vec::F32 magnitude(Vec::F32 v) {
+  return Vec::as_f32(Vec::bit_and(Vec::bits(v), Vec::splat_i32(kMagnitudeBits)));
+}
+
+// Largest |w| per row as bits: those of magnitudes order like magnitudes, with Inf and NaN at the top.
+inline Vec::I32 peak_bits(const float (*w)[kTileRows], Vec::I32 peak) {
+  for (int k = 0; k < kBlock; ++k) peak = Vec::max_i32(peak, Vec::bits(magnitude(Vec::load(w[k]))));
   return peak;
 }
 
-inline uint16_t bf16_at_least(float v) {
-  const uint16_t nearest = to_bf16(v);
-  return from_bf16(nearest) < v ? nearest + 1 : nearest;
-}
+// The scales that are tried, three at a time: as many accumulators as registers allow.
+constexpr int kTogether = 3, kTrials = 9;
+constexpr float kFractions[kTrials] = {1.0 / 7,  0.96 / 7, 0.92 / 7, 0.88 / 7, 0.84 / 7,
+                                       0.80 / 7, 0.76 / 7, 0.72 / 7, 0.68 / 7};
 
-inline void codes_of(const float* w, int n, float scale, float qmax, float* codes) {
-  const float inverse = scale >= kSmallestScale ? 1.0f / scale : 0.0f;
-  for (int i = 0; i < n; ++i) {
-    const float rounded = (w[i] * inverse + 12582912.0f) - 12582912.0f;  // to nearest even, for magnitudes below 2^22
-    codes[i] = max_of(-qmax, min_of(qmax, rounded));
+struct Trials {
+  Scale scale[kTrials];
+  Vec::F32 error[kTrials];  // in units of scale^2
+};
+
+inline void start_trials(Vec::F32 peak, const Scale& first, Trials& t) {
+  for (int i = 0; i < kTrials; ++i) {
+    t.scale[i] = i == 0 ? first : with_inverse(Vec::as_f32(Vec::round_bf16(Vec::mul(peak, Vec::broadcast(kFractions[i])))));
+    t.error[i] = Vec::zero();
   }
 }
 
-inline double squared_error(const float* w, const float* codes, int n, float scale) {
-  constexpr int kLanes = 8;
-  double lanes[kLanes] = {};
-  int i = 0;
-  for (; i + kLanes <= n; i += kLanes)
-    for (int j = 0; j < kLanes; ++j) {
-      const double d = codes[i + j] * scale - w[i + j];
-      lanes[j] += d * d;
+// Adds the squared errors of 32 columns. Signs do not matter: rounding is symmetric.
+inline void add_errors(const float (*w)[kTileRows], float largest, Trials& t) {
+  const auto most = Vec::broadcast(largest);
+  for (int i = 0; i < kTrials; i += kTogether) {
+    Vec::F32 sum[kTogether];
+    for (auto& s : sum) s = Vec::zero();
+    for (int k = 0; k < kBlock; ++k) {
+      const auto m = magnitude(Vec::load(w[k]));
+#pragma GCC unroll 3
+      for (int j = 0; j < kTogether; ++j) {
+        const auto exact = Vec::mul(m, t.scale[i + j].inverse);
+        const auto d = Vec::sub(Vec::min(Vec::round(exact), most), exact);
+        sum[j] = Vec::add(sum[j], Vec::mul(d, d));
+      }
     }
-  for (; i < n; ++i) {
-    const double d = codes[i] * scale - w[i];
-    lanes[0] += d * d;
+    for (int j = 0; j < kTogether; ++j) t.error[i + j] = Vec::add(t.error[i + j], sum[j]);
   }
-  double sum = 0;
-  for (double lane : lanes) sum += lane;
-  return sum;
 }
 
-// Codes of one group into `codes`; `trial` is scratch of the same size. Returns the scale as bf16 bits.
-inline uint16_t quantize_group(Format format, const float* w, int n, float peak, float* codes, float* trial) {
-  const float qmax = format == Format::int8 ? 127.0f : 7.0f;
-  uint16_t best = bf16_at_least(peak / qmax);
-  codes_of(w, n, from_bf16(best), qmax, codes);
-  if (format != Format::int4) return best;
-  double least = squared_error(w, codes, n, from_bf16(best));
-  constexpr float kFractions[] = {0.96 / 7, 0.92 / 7, 0.88 / 7, 0.84 / 7, 0.80 / 7, 0.76 / 7, 0.72 / 7, 0.68 / 7};
-  for (const float fraction : kFractions) {
-    const uint16_t scale = to_bf16(peak * fraction);
-    codes_of(w, n, from_bf16(scale), qmax, trial);
-    const double error = squared_error(w, trial, n, from_bf16(scale));
-    if (error >= least) continue;
-    least = error, best = scale;
-    __builtin_memcpy(codes, trial, n * sizeof(float));
+// The trial with the least error, the first of equals.
+inline Scale best_trial(const Trials& t) {
+  Scale best = t.scale[0];
+  Vec::F32 least = Vec::mul(Vec::mul(t.error[0], best.value), best.value);
+  for (int i = 1; i < kTrials; ++i) {
+    const Scale& s = t.scale[i];
+    const auto error = Vec::mul(Vec::mul(t.error[i], s.value), s.value);
+    best.value = Vec::select_less(error, least, s.value, best.value);
+    best.inverse = Vec::select_less(error, least, s.inverse, best.inverse);
+    least = Vec::select_less(error, least, error, least);
   }
   return best;
 }
 
-// Row of `cols` weights as floats, zeros up to `padded`.
-inline void load_row(const QuantizeArgs& a, int row, int padded, float* out) {
-  const int cols = row < a.dst->rows ? a.dst->cols : 0;
-  const int64_t at = int64_t{row} * a.dst->cols;
-  if (a.is_float) {
-    for (int i = 0; i < cols; ++i) out[i] = static_cast<const float*>(a.weights)[at + i];
-  } else {
-    for (int i = 0; i < cols; ++i) out[i] = from_bf16(static_cast<const uint16_t*>(a.weights)[at + i]);
-  }
-  for (int i = cols; i < padded; ++i) out[i] = 0;
+inline Vec::I32 code(const float* w, Vec::F32 inverse, float largest) {
+  const auto exact = Vec::mul(Vec::load(w), inverse);
+  return Vec::to_i32(Vec::max(Vec::min(exact, Vec::broadcast(largest)), Vec::broadcast(-largest)));
 }
 
-// values: [32 rows][padded], what the pairs hold. bf16 bits are 16 bits wide, codes 8.
-template <class Value>
-inline void store_blocks(const PackedMatrix& w, int nb, const Value* values, int padded) {
-  for (int kb = 0; kb < w.col_blocks(); ++kb) {
-    auto* block = const_cast<uint8_t*>(w.block(nb, kb));
-    for (int p = 0; p < kPairs; ++p) {
-      const Value* from = values + kb * kBlock + 2 * p;
-      for (int i = 0; i < kBlock; ++i, from += padded) {
-        if (w.format == Format::int4) {
-          block[p * kBlock + i] = static_cast<uint8_t>((from[0] & 0xf) | (from[1] << 4));
-        } else {
-          __builtin_memcpy(block + (p * kBlock + i) * 2 * sizeof(Value), from, 2 * sizeof(Value));
+// ---- 32 rows
+// ----------------------------------------------------------------------------------------------------------
+
+inline bool all_finite(Vec::I32 peak) {
+  alignas(64) int lanes[kTileRows];
+  Vec::store_i32(lanes, peak);
+  for (const int lane : lanes)
+    if (lane >= kInfinityBits) return false;
+  return true;
+}
+
+// Block columns [kb0, kb1), one scale per row.
+template <class Format>
+inline bool quantize_group(const QuantizeArgs& a, int kb0, int kb1, uint16_t* scales) {
+  constexpr float kLargest = Format::kLargestCode;
+  WeightTile tile;
+  const auto each_block = [&](auto&& visit) {
+    for (int kb = kb0; kb < kb1; ++kb) {
+      if (kb1 - kb0 > 1) load_tile(a, kb, tile);
+      for (int half = 0; half < kStripTiles; ++half) visit(kb, half, tile.w[half]);
+    }
+  };
+  if (kb1 - kb0 == 1) load_tile(a, kb0, tile);
+  Vec::I32 peak[kStripTiles] = {Vec::splat_i32(0), Vec::splat_i32(0)};
+  each_block([&](int, int half, auto w) { peak[half] = peak_bits(w, peak[half]); });
+  Scale scale[kStripTiles];
+  Trials trials[kStripTiles];
+  for (int half = 0; half < kStripTiles; ++half) {
+    if (!all_finite(peak[half])) return false;
+    scale[half] = bf16_at_least(Vec::div(Vec::as_f32(peak[half]), Vec::broadcast(kLargest)));
+    if (Format::kSearchesScale) start_trials(Vec::as_f32(peak[half]), scale[half], trials[half]);
+  }
+  if (Format::kSearchesScale) {
+    each_block([&](int, int half, auto w) { add_errors(w, kLargest, trials[half]); });
+    for (int half = 0; half < kStripTiles; ++half) scale[half] = best_trial(trials[half]);
+  }
+  each_block([&](int kb, int half, auto w) {
+    auto* pairs = const_cast<uint8_t*>(a.dst->block(a.nb, kb)) + half * kTileRows * pair_bytes(a.dst->format);
+    for (int k = 0; k < kBlock; k += 2, pairs += kBlock * pair_bytes(a.dst->format))
+      Format::template encode<Vec>(code(w[k], scale[half].inverse, kLargest),
+                                   code(w[k + 1], scale[half].inverse, kLargest), pairs);
+  });
+  for (int half = 0; half < kStripTiles; ++half)
+    Vec::store_low16(scales + half * kTileRows, Vec::shift_right<16>(Vec::bits(scale[half].value)));
+  return true;
+}
+
+template <class Format>
+inline bool quantize_strip_as(const QuantizeArgs& a) {
+  const PackedMatrix& m = *a.dst;
+  const int group_blocks = m.group_size / kBlock;
+  auto* scales = const_cast<uint16_t*>(m.scales) + int64_t{a.nb} * m.groups() * kBlock;
+  for (int kb = 0; kb < m.col_blocks(); kb += group_blocks, scales += kBlock)
+    if (!quantize_group<Format>(a, kb, min_int(kb + group_blocks, m.col_blocks()), scales)) return false;
+  return true;
+}
+
+// bf16 weights are their own codes.
+template <>
+inline bool quantize_strip_as<Bf16>(const QuantizeArgs& a) {
+  const PackedMatrix& m = *a.dst;
+  alignas(64) float edge_f32[kTileRows * kBlock];
+  alignas(64) uint16_t edge[kTileRows * kBlock];
+  auto peak = Vec::splat_i32(0);
+  for (int kb = 0; kb < m.col_blocks(); ++kb) {
+    for (int half = 0; half < kStripTiles; ++half) {
+      const uint16_t* rows[kTileRows];
+      const int row0 = a.nb * kBlock + half * kTileRows;
+      if (a.is_float) {
+        const float* wide[kTileRows];
+        source_rows(a, row0, kb * kBlock, edge_f32, wide);
+        for (int i = 0; i < kTileRows; ++i) {
+          rows[i] = edge + i * kBlock;
+          for (int k = 0; k < kBlock; ++k) edge[i * kBlock + k] = to_bf16(wide[i][k]);
         }
+      } else {
+        source_rows(a, row0, kb * kBlock, edge, rows);
+      }
+      alignas(64) uint32_t pairs[kPairs * kTileRows];
+      turn_pairs(rows, pairs);
+      auto* block = const_cast<uint8_t*>(m.block(a.nb, kb)) + half * kTileRows * 4;
+      for (int p = 0; p < kPairs; ++p) {
+        const auto words = Vec::load_i32(pairs + p * kTileRows);
+        peak = Vec::max_i32(peak, Vec::bits(magnitude(Vec::as_f32(Vec::shift_left<16>(words)))));
+        peak = Vec::max_i32(peak, Vec::bits(magnitude(Vec::as_f32(words))));
+        Vec::store_i32(block + p * kBlock * 4, words);
       }
     }
   }
+  return all_finite(peak);
 }
 
-// Rows [32 nb, 32 nb + 32) of the matrix. Returns false, with the blocks unspecified, if a weight is NaN or Inf.
 inline bool quantize_strip(const QuantizeArgs& a) {
-  const PackedMatrix& m = *a.dst;
-  const int padded = m.col_blocks() * kBlock, groups = m.groups();
-  auto* row = static_cast<float*>(a.scratch);  // quantize_scratch_bytes(padded)
-  float *codes = row + padded, *trial = codes + padded;
-  auto* narrow = reinterpret_cast<int8_t*>(trial + padded);
-  auto* wide = reinterpret_cast<uint16_t*>(narrow);
-  auto* scales = const_cast<uint16_t*>(m.scales) + int64_t{a.nb} * groups * kBlock;
-  for (int i = 0; i < kBlock; ++i) {
-    load_row(a, a.nb * kBlock + i, padded, row);
-    if (m.format == Format::bf16) {
-      for (int k = 0; k < padded; ++k) wide[i * padded + k] = static_cast<uint16_t>(round_bits(row[k]));
-      uint32_t peak = peak_bits(row, padded);
-      if (peak >= kInfinityBits || round_bits(float_of(peak)) >= 0x7f80) return false;
-      continue;
-    }
-    for (int g = 0; g < groups; ++g) {
-      const int k = g * m.group_size, n = min_int(m.group_size, padded - k);
-      const uint32_t peak = peak_bits(row + k, n);
-      if (peak >= kInfinityBits) return false;
-      scales[g * kBlock + i] = quantize_group(m.format, row + k, n, float_of(peak), codes + k, trial);
-    }
-    for (int k = 0; k < padded; ++k) narrow[i * padded + k] = static_cast<int8_t>(static_cast<int32_t>(codes[k]));
+  switch (a.dst->format) {
+#define KT_FORMAT(name, Struct, pair_bytes, has_scales) \
+  case kt_sft::Format::name:                            \
+    return quantize_strip_as<Struct>(a);
+#include "kernels/registry.inc"
   }
-  if (m.format == Format::bf16) {
-    store_blocks(m, a.nb, wide, padded);
-  } else {
-    store_blocks(m, a.nb, narrow, padded);
-  }
-  return true;
+  return false;
 }

@@ -66,6 +66,42 @@ struct Vec {
             _mm256_permutevar8x32_ps(v, _mm256_setr_epi32(4, 4, 5, 5, 6, 6, 7, 7))};
   }
 
+  static I32 splat_i32(int v) { return {_mm256_set1_epi32(v), _mm256_set1_epi32(v)}; }
+  static F32 sub(F32 a, F32 b) { return {_mm256_sub_ps(a.lo, b.lo), _mm256_sub_ps(a.hi, b.hi)}; }
+  static F32 div(F32 a, F32 b) { return {_mm256_div_ps(a.lo, b.lo), _mm256_div_ps(a.hi, b.hi)}; }
+  static F32 min(F32 a, F32 b) { return {_mm256_min_ps(a.lo, b.lo), _mm256_min_ps(a.hi, b.hi)}; }
+  static F32 max(F32 a, F32 b) { return {_mm256_max_ps(a.lo, b.lo), _mm256_max_ps(a.hi, b.hi)}; }
+  static F32 round(F32 v) {
+    constexpr int kNearest = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
+    return {_mm256_round_ps(v.lo, kNearest), _mm256_round_ps(v.hi, kNearest)};
+  }
+  static F32 select_less(F32 a, F32 b, F32 then, F32 otherwise) {
+    return {_mm256_blendv_ps(otherwise.lo, then.lo, _mm256_cmp_ps(a.lo, b.lo, _CMP_LT_OQ)),
+            _mm256_blendv_ps(otherwise.hi, then.hi, _mm256_cmp_ps(a.hi, b.hi, _CMP_LT_OQ))};
+  }
+  static I32 bits(F32 v) { return {_mm256_castps_si256(v.lo), _mm256_castps_si256(v.hi)}; }
+  static I32 to_i32(F32 v) { return {_mm256_cvtps_epi32(v.lo), _mm256_cvtps_epi32(v.hi)}; }  // to nearest even
+  static I32 add_i32(I32 a, I32 b) { return {_mm256_add_epi32(a.lo, b.lo), _mm256_add_epi32(a.hi, b.hi)}; }
+  static I32 max_i32(I32 a, I32 b) { return {_mm256_max_epi32(a.lo, b.lo), _mm256_max_epi32(a.hi, b.hi)}; }
+  static I32 bit_and(I32 a, I32 b) { return {_mm256_and_si256(a.lo, b.lo), _mm256_and_si256(a.hi, b.hi)}; }
+  static I32 bit_or(I32 a, I32 b) { return {_mm256_or_si256(a.lo, b.lo), _mm256_or_si256(a.hi, b.hi)}; }
+  static void store_i32(void* p, I32 v) {
+    auto* out = static_cast<__m256i*>(p);
+    _mm256_storeu_si256(out, v.lo), _mm256_storeu_si256(out + 1, v.hi);
+  }
+  // The low 16 bits of each lane, in order.
+  static __m256i low16(I32 v) {
+    const __m256i mask = _mm256_set1_epi32(0xffff);
+    const __m256i mixed = _mm256_packus_epi32(_mm256_and_si256(v.lo, mask), _mm256_and_si256(v.hi, mask));
+    return _mm256_permute4x64_epi64(mixed, 0xd8);  // packing works within 128-bit halves
+  }
+  static void store_low16(void* p, I32 v) { _mm256_storeu_si256(static_cast<__m256i*>(p), low16(v)); }
+  static void store_low8(void* p, I32 v) {
+    const __m256i words = _mm256_and_si256(low16(v), _mm256_set1_epi16(0xff));
+    const __m128i low = _mm256_castsi256_si128(words), high = _mm256_extracti128_si256(words, 1);
+    _mm_storeu_si128(static_cast<__m128i*>(p), _mm_packus_epi16(low, high));
+  }
+
   static __m256i round_half(__m256 v) {
     const __m256i bits = _mm256_castps_si256(v);
     const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));

@@ -54,6 +54,25 @@ struct Vec {
     return _mm512_add_ps(_mm512_permutex2var_ps(a, even, b), _mm512_permutex2var_ps(a, odd, b));
   }
 
+  static I32 splat_i32(int v) { return _mm512_set1_epi32(v); }
+  static F32 sub(F32 a, F32 b) { return _mm512_sub_ps(a, b); }
+  static F32 div(F32 a, F32 b) { return _mm512_div_ps(a, b); }
+  static F32 min(F32 a, F32 b) { return _mm512_min_ps(a, b); }
+  static F32 max(F32 a, F32 b) { return _mm512_max_ps(a, b); }
+  static F32 round(F32 v) { return _mm512_roundscale_ps(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+  static F32 select_less(F32 a, F32 b, F32 then, F32 otherwise) {
+    return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(a, b, _CMP_LT_OQ), otherwise, then);
+  }
+  static I32 bits(F32 v) { return _mm512_castps_si512(v); }
+  static I32 to_i32(F32 v) { return _mm512_cvtps_epi32(v); }  // to nearest even
+  static I32 add_i32(I32 a, I32 b) { return _mm512_add_epi32(a, b); }
+  static I32 max_i32(I32 a, I32 b) { return _mm512_max_epi32(a, b); }
+  static I32 bit_and(I32 a, I32 b) { return _mm512_and_si512(a, b); }
+  static I32 bit_or(I32 a, I32 b) { return _mm512_or_si512(a, b); }
+  static void store_i32(void* p, I32 v) { _mm512_storeu_si512(p, v); }
+  static void store_low16(void* p, I32 v) { _mm256_storeu_si256(static_cast<__m256i*>(p), _mm512_cvtepi32_epi16(v)); }
+  static void store_low8(void* p, I32 v) { _mm_storeu_si128(static_cast<__m128i*>(p), _mm512_cvtepi32_epi8(v)); }
+
   // Round to nearest even bf16, kept in the high halves. NaN payloads are not of interest here.
   static I32 round_bf16(F32 v) {
     const I32 bits = _mm512_castps_si512(v);

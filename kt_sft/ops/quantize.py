@@ -13,6 +13,7 @@ from torch import Tensor
 
 QMAX = {"int8": 127, "int4": 7}
 DEFAULT_GROUP_SIZE = {"bf16": 0, "int8": 0, "int4": 32}  # 0: per channel
+_BLOCK = 32  # columns of a weight block
 _INT4_FRACTIONS = (1.0, 0.96, 0.92, 0.88, 0.84, 0.8, 0.76, 0.72, 0.68)
 
 
@@ -38,6 +39,23 @@ def _bf16_ceil(x: Tensor) -> Tensor:
     return torch.where(y.float() < x, bits + 1, bits).view(torch.bfloat16)
 
 
+def _squared_error(exact_NGg: Tensor, codes_NGg: Tensor, scale_NG1: Tensor) -> Tensor:
+    """scale^2 * sum (codes - exact)^2, (N, G, 1) fp32, added in the kernels' order.
+
+    Column by column within 32 columns, then block by block.
+    """
+    rows, groups, group = codes_NGg.shape
+    residual_NGg = torch.nn.functional.pad(codes_NGg - exact_NGg, (0, -group % _BLOCK))
+    squares_NGBb = residual_NGg.square_().view(rows, groups, -1, _BLOCK)
+    blocks_NGB = torch.zeros(squares_NGBb.shape[:-1])
+    for square_NGB in squares_NGBb.unbind(-1):
+        blocks_NGB += square_NGB
+    sum_NG = torch.zeros(rows, groups)
+    for block_NG in blocks_NGB.unbind(-1):
+        sum_NG += block_NG
+    return sum_NG.unsqueeze(-1) * scale_NG1 * scale_NG1
+
+
 def quantize(w_NK: Tensor, weight_format: str, group_size: int) -> tuple[Tensor, Tensor]:
     """Return (codes_NK int8, scales_NG bf16), G = ceil(K / group_size), or 1 per channel.
 
@@ -52,22 +70,21 @@ def quantize(w_NK: Tensor, weight_format: str, group_size: int) -> tuple[Tensor,
         raise ValueError("weights: expected finite values, got NaN or Inf")
     qmax = QMAX[weight_format]
 
-    def codes_for(scale_NG1: Tensor) -> Tensor:
+    def codes_for(scale_NG1: Tensor) -> tuple[Tensor, Tensor]:
         inverse = torch.where(scale_NG1 >= torch.finfo(torch.float32).tiny, 1.0 / scale_NG1, 0.0)
-        return (w_NGg * inverse).round_().clamp_(-qmax, qmax)
+        exact_NGg = w_NGg * inverse
+        codes_NGg = exact_NGg.round().clamp_(-qmax, qmax)
+        return codes_NGg, _squared_error(exact_NGg, codes_NGg, scale_NG1) if weight_format == "int4" else None
 
     scale_NG1 = _bf16_ceil(peak_NG1 / qmax).float()
-    codes_NGg = codes_for(scale_NG1)
-    if weight_format == "int4":
-        best_NG1 = (codes_NGg * scale_NG1 - w_NGg).double().square_().sum(-1, keepdim=True)
-        for fraction in _INT4_FRACTIONS[1:]:
-            trial_NG1 = (peak_NG1 * (fraction / qmax)).to(torch.bfloat16).float()
-            trial_codes = codes_for(trial_NG1)
-            error_NG1 = (trial_codes * trial_NG1 - w_NGg).double().square_().sum(-1, keepdim=True)
-            better = error_NG1 < best_NG1
-            best_NG1 = torch.where(better, error_NG1, best_NG1)
-            scale_NG1 = torch.where(better, trial_NG1, scale_NG1)
-            codes_NGg = torch.where(better, trial_codes, codes_NGg)
+    codes_NGg, best_NG1 = codes_for(scale_NG1)
+    for fraction in _INT4_FRACTIONS[1:] if weight_format == "int4" else ():
+        trial_NG1 = (peak_NG1 * (fraction / qmax)).to(torch.bfloat16).float()
+        trial_codes, error_NG1 = codes_for(trial_NG1)
+        better = error_NG1 < best_NG1
+        best_NG1 = torch.where(better, error_NG1, best_NG1)
+        scale_NG1 = torch.where(better, trial_NG1, scale_NG1)
+        codes_NGg = torch.where(better, trial_codes, codes_NGg)
     codes_NK = codes_NGg.to(torch.int8).view(rows, -1)[:, :columns].contiguous()
     return codes_NK, scale_NG1.squeeze(-1).to(torch.bfloat16).contiguous()
 
