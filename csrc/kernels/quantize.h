@@ -113,7 +113,8 @@ struct Trials {
 
 inline void start_trials(Vec::F32 peak, const Scale& first, Trials& t) {
   for (int i = 0; i < kTrials; ++i) {
-    t.scale[i] = i == 0 ? first : with_inverse(Vec::as_f32(Vec::round_bf16(Vec::mul(peak, Vec::broadcast(kFractions[i])))));
+    t.scale[i] =
+        i == 0 ? first : with_inverse(Vec::as_f32(Vec::round_bf16(Vec::mul(peak, Vec::broadcast(kFractions[i])))));
     t.error[i] = Vec::zero();
   }
 }

@@ -23,6 +23,7 @@ using ActiveOps = Ops;
 #include "kernels/gemm.h"
 #include "kernels/elementwise.h"
 #include "kernels/quantize.h"
+#include "kernels/unpack.h"
 #ifdef __AVX512VNNI__
 #include "kernels/gemm8.h"
 #endif
@@ -53,6 +54,7 @@ const KernelTable& table() {
                                       swiglu_backward,
                                       to_bf16_row,
                                       quantize_strip,
+                                      unpack_strip,
                                       ActiveOps::peak,
                                       kInt8.quantize_rows,
                                       kInt8.gemm8,
