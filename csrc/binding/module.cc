@@ -261,7 +261,14 @@ PYBIND11_MODULE(_C, m) {
   m.def("select_isa", [](const std::string& name) { select_isa(name.c_str()); }, py::arg("name"));
   m.def("formats", [] { return std::vector<std::string>(std::begin(kFormatNames), std::end(kFormatNames)); });
   m.def("num_threads", num_threads);
-  m.def("set_num_threads", set_num_threads, py::arg("threads"));
+  m.def(
+      "set_num_threads",
+      [](int threads) {
+        py::gil_scoped_release release;
+        Workspace between_calls;  // a running call has buffers for the threads it began with
+        set_num_threads(threads);
+      },
+      py::arg("threads"));
   m.def("peak_flops", peak_flops, py::arg("iterations"), "measured multiply-add rate of all threads, from registers");
   m.def("peak_int8", peak_int8, py::arg("iterations"), "the same of int8 multiply-adds");
   m.def("computes_int8", [] { return kernels().gemm8 != nullptr; });

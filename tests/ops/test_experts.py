@@ -329,3 +329,32 @@ def test_workspace_does_not_grow_with_the_tokens():
     small, large = map(int, done.stdout.split())
     index_bytes = 8 * 2 * 15000  # order and token of every further routed row
     assert 0 < small <= large <= small + index_bytes + (2 << 20)  # rounded up to a huge page
+
+
+CHANGING_THREADS = """
+import threading, time, torch
+from kt_sft import native
+from tests.ops.test_experts import Case
+layer = Case(T=200, R=0)
+expected, stop = layer.run()["out"], threading.Event()
+def change():
+    while not stop.is_set():
+        for count in (1, 12):
+            native.set_num_threads(count)
+            time.sleep(0.0003)
+thread = threading.Thread(target=change)
+thread.start()
+try:
+    with torch.no_grad():
+        for _ in range(300):
+            assert torch.equal(layer.forward(), expected)
+finally:
+    stop.set()
+    thread.join()
+"""
+
+
+def test_threads_may_change_between_calls_of_another_thread():
+    """In a process of its own: the alternative was a segmentation fault."""
+    root = Path(__file__).parents[2]
+    subprocess.run([sys.executable, "-c", CHANGING_THREADS], check=True, cwd=root, timeout=120)
