@@ -39,6 +39,7 @@ peak_flops = _C.peak_flops
 peak_int8 = _C.peak_int8
 computes_int8 = _C.computes_int8
 workspace_bytes = _C.workspace_bytes
+wish_huge_pages = _C.wish_huge_pages
 set_workspace_poison = _C.set_workspace_poison
 sort_by_expert = _C.sort_by_expert
 PackedHandle = _C.PackedHandle

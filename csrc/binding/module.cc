@@ -8,6 +8,7 @@
 
 #include "binding/tensor.h"
 #include "common/check.h"
+#include "common/huge_pages.h"
 #include "common/thread_pool.h"
 #include "common/workspace.h"
 #include "kernels/kernel_table.h"
@@ -64,6 +65,12 @@ PackedMatrix checked_matrix(const ExpertWeights& w, int expert, int projection) 
   KT_CHECK(expert >= 0 && expert < w.num_experts, "expert: expected 0 to ", w.num_experts - 1, ", got ", expert);
   KT_CHECK(projection >= 0 && projection <= 2, "projection: expected 0, 1 or 2, got ", projection);
   return w.matrix(expert, static_cast<Projection>(projection));
+}
+
+// Memory of a CPU tensor that has not been written yet.
+void wish_huge_pages(const py::object& tensor) {
+  check_is_tensor(tensor, "tensor");
+  advise_huge_pages(reinterpret_cast<void*>(address(tensor)), tensor.attr("nbytes").cast<size_t>());
 }
 
 void pack(const PackedHandle& packed, int expert, int projection, const py::object& weights) {
@@ -288,6 +295,7 @@ PYBIND11_MODULE(_C, m) {
   py::class_<PackedHandle>(m, "PackedHandle", "The packed experts of one layer, as the calls below take them first")
       .def(py::init<py::object, int, int, int, std::string, int>(), py::arg("storage"), py::arg("experts"),
            py::arg("hidden"), py::arg("intermediate"), py::arg("weight_format"), py::arg("group_size"));
+  m.def("wish_huge_pages", wish_huge_pages, "ask for transparent huge pages for a fresh CPU tensor");
   m.def("pack", pack);
   m.def("unpack", unpack);
   m.def("product", product, "out = act W^T, or act W if transposed; W is one projection of one expert");

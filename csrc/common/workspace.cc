@@ -1,5 +1,7 @@
 #include "common/workspace.h"
 
+#include "common/huge_pages.h"
+
 #include <pthread.h>
 #include <sys/mman.h>
 
@@ -8,8 +10,6 @@
 
 namespace kt_sft {
 namespace {
-
-constexpr size_t kHugePage = size_t{2} << 20;
 
 std::mutex* arena_mutex = new std::mutex;  // never destroyed: a call may be running at interpreter exit
 char* arena = nullptr;
@@ -23,7 +23,7 @@ void grow(size_t bytes) {
   arena = nullptr, arena_bytes = 0;
   void* memory = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
   if (memory == MAP_FAILED) throw std::bad_alloc();
-  madvise(memory, bytes, MADV_HUGEPAGE);
+  advise_huge_pages(memory, bytes);
   arena = static_cast<char*>(memory), arena_bytes = bytes;
 }
 

@@ -148,12 +148,10 @@ inline void right_from_rows(const Ops::Elem* rows, Ops::Elem* tile) {
 }
 
 // [32 q][16 c] -> right tile.
-inline void right_from_columns(const Ops::Elem* columns, Ops::Elem* tile) {
+template <class Elem>
+inline void right_from_columns(const Elem* columns, Elem* tile) {
   if constexpr (sizeof(Ops::Elem) == 2) {
-    auto* pairs = reinterpret_cast<uint32_t*>(tile);
-    for (int p = 0; p < kPairs; ++p)
-      for (int c = 0; c < 16; ++c)
-        pairs[p * 16 + c] = uint32_t(columns[2 * p * 16 + c]) | uint32_t(columns[(2 * p + 1) * 16 + c]) << 16;
+    for (int p = 0; p < kPairs; ++p) interleave16(columns + 2 * p * 16, columns + (2 * p + 1) * 16, tile + p * 32);
   } else {
     __builtin_memcpy(tile, columns, kTileElems * sizeof(Ops::Elem));
   }

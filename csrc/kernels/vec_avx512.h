@@ -81,6 +81,14 @@ struct Vec {
   }
 };
 
+// (a[0], b[0]), (a[1], b[1]) ... of 16 words each.
+inline void interleave16(const uint16_t* a, const uint16_t* b, uint16_t* out) {
+  const auto words = [](const uint16_t* p) {
+    return _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+  };
+  _mm512_storeu_si512(out, _mm512_or_si512(words(a), _mm512_slli_epi32(words(b), 16)));
+}
+
 // 16 x 16 transpose of 32-bit words, rows given by pointer, result contiguous: out[j * 16 + i] = rows[i][j].
 inline void transpose16(const uint32_t* const* rows, uint32_t* out) {
   __m512i a[16], b[16];

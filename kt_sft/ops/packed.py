@@ -11,6 +11,7 @@ from torch import Tensor
 
 from kt_sft import native
 
+from . import memory
 from .quantize import resolve_group_size
 
 _GATE, _UP, _DOWN = range(3)
@@ -70,7 +71,7 @@ class PackedExperts:
     ) -> PackedExperts:
         """Unfilled storage in anonymous memory; fill it with :meth:`pack_expert_`."""
         sizes = (num_experts, hidden_size, intermediate_size, weight_format, group_size)
-        return cls(torch.empty(cls.nbytes_for(*sizes), dtype=torch.uint8), *sizes)
+        return cls(memory.empty((cls.nbytes_for(*sizes),), torch.uint8), *sizes)
 
     @property
     def nbytes(self) -> int:

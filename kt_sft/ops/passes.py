@@ -14,6 +14,7 @@ from torch import Tensor
 
 from kt_sft import native
 
+from . import memory
 from .packed import PackedExperts
 from .transfer import Transfer
 
@@ -66,8 +67,8 @@ class Forward:
         gate = up = None
         if call.retain:
             rows = (ids.numel(), call.packed.intermediate_size)
-            gate, up = torch.empty(rows, dtype=torch.bfloat16), torch.empty(rows, dtype=torch.bfloat16)
-        out_TD = torch.empty(x.shape, dtype=torch.float32)
+            gate, up = memory.empty(rows, torch.bfloat16), memory.empty(rows, torch.bfloat16)
+        out_TD = memory.empty(x.shape, torch.float32)
         self.transfer.wait()
         native.forward(*call.packed.native_args(), x, ids, weights, self._lora, gate, up, call.int8, out_TD)
         self._gate, self._up = gate, up
@@ -102,13 +103,13 @@ class Backward:
         x, ids, weights, x_lora, gate, up = self._saved
         assert x is not None and ids is not None and weights is not None
         names = self.call.factor_names
-        factor_grads = {f"grad_{name}": torch.zeros(self._lora[name].shape, dtype=torch.float32) for name in names}
+        factor_grads = {f"grad_{name}": memory.zeros(self._lora[name].shape, torch.float32) for name in names}
         lora = {**self._lora, **factor_grads}
-        grad_x_TD = torch.empty(x.shape, dtype=torch.float32)
-        grad_weights_TK = torch.empty(weights.shape, dtype=torch.float32)
+        grad_x_TD = memory.empty(x.shape, torch.float32)
+        grad_weights_TK = memory.empty(weights.shape, torch.float32)
         grad_x_lora_TD = None
         if x_lora is not None:
-            lora["x"], grad_x_lora_TD = x_lora, torch.empty(x.shape, dtype=torch.float32)
+            lora["x"], grad_x_lora_TD = x_lora, memory.empty(x.shape, torch.float32)
         self.transfer.wait()
         native.backward(
             *self.call.packed.native_args(), x, ids, weights, lora, gate, up, self.call.int8,
