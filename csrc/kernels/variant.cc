@@ -59,8 +59,6 @@ const KernelTable& table() {
                                       kInt8.quantize_rows,
                                       kInt8.gemm8,
                                       kInt8.peak};
-                                      unpack_strip,
-                                      ActiveOps::peak};
   return kTable;
 }
 
