@@ -1,4 +1,4 @@
-"""pytest plugin: test the extension that KT_SFT_EXTENSION names instead of the installed one (see ``make sanitize``)."""
+"""pytest plugin: test the extension that KT_SFT_EXTENSION names instead of the installed one (``make sanitize``)."""
 
 import importlib.util
 import os
