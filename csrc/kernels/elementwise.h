@@ -28,16 +28,6 @@ inline uint32_t round_bits(float v) {
 }
 inline float from_bf16(uint16_t bits) { return float_of(uint32_t{bits} << 16); }
 
-// Largest |w| as bits; at least those of Inf if any is NaN or Inf. Bit patterns of magnitudes order like magnitudes.
-inline uint32_t peak_bits(const float* w, int n) {
-  uint32_t peak = 0;
-  for (int i = 0; i < n; ++i) {
-    const uint32_t bits = bits_of(w[i]) & 0x7fffffff;
-    peak = bits > peak ? bits : peak;
-  }
-  return peak;
-}
-
 inline void to_bf16_row(const float* __restrict from, int n, uint16_t* __restrict to) {
   for (int i = 0; i < n; ++i) to[i] = static_cast<uint16_t>(round_bits(from[i]));
 }

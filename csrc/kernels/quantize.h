@@ -96,7 +96,7 @@ inline Vec::F32 magnitude(Vec::F32 v) {
 }
 
 // Largest |w| per row as bits: those of magnitudes order like magnitudes, with Inf and NaN at the top.
-inline Vec::I32 row_peaks(const float (*w)[kTileRows], Vec::I32 peak) {
+inline Vec::I32 peak_bits(const float (*w)[kTileRows], Vec::I32 peak) {
   for (int k = 0; k < kBlock; ++k) peak = Vec::max_i32(peak, Vec::bits(magnitude(Vec::load(w[k]))));
   return peak;
 }
@@ -181,7 +181,7 @@ inline bool quantize_group(const QuantizeArgs& a, int kb0, int kb1, uint16_t* sc
   };
   if (kb1 - kb0 == 1) load_tile(a, kb0, tile);
   Vec::I32 peak[kStripTiles] = {Vec::splat_i32(0), Vec::splat_i32(0)};
-  each_block([&](int, int half, auto w) { peak[half] = row_peaks(w, peak[half]); });
+  each_block([&](int, int half, auto w) { peak[half] = peak_bits(w, peak[half]); });
   Scale scale[kStripTiles];
   Trials trials[kStripTiles];
   for (int half = 0; half < kStripTiles; ++half) {

@@ -97,7 +97,7 @@ int main(int argc, char** argv) {
   }
   std::atomic<bool> stop{false};
   std::vector<std::thread> callers;
-  for (int i = 0; i < 3; ++i) callers.emplace_back(call, 300);
+  for (int i = 0; i < 3; ++i) callers.emplace_back(call, 150);
   std::thread changer([&] {
     for (int i = 0; !stop; ++i) {
       kt_sft::set_num_threads(1 + i % kMaxThreads);
@@ -105,7 +105,7 @@ int main(int argc, char** argv) {
       std::this_thread::yield();
     }
   });
-  for (int i = 0; i < 20 && std::strcmp(mode, "fork") == 0; ++i) fork_child();
+  for (int i = 0; i < 10 && std::strcmp(mode, "fork") == 0; ++i) fork_child();
   for (auto& caller : callers) caller.join();
   stop = true;
   changer.join();
