@@ -5,7 +5,7 @@ RUN := $(VENV)/bin/python
 export HF_HUB_OFFLINE = 1
 export TOKENIZERS_PARALLELISM = false
 PYTEST := $(RUN) -m pytest -q
-CXX_FILES = $(shell find csrc -name '*.h' -o -name '*.cc' -o -name '*.inc' 2>/dev/null)
+CXX_FILES = $(shell find csrc tests -name '*.h' -o -name '*.cc' -o -name '*.inc' 2>/dev/null)
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test test-all lint format bench build clean
@@ -46,6 +46,19 @@ format: setup  ## rewrite the sources in the house format
 	@$(RUN) -m ruff check --fix .
 	@$(RUN) -m ruff format .
 	@$(if $(CXX_FILES),$(VENV)/bin/clang-format -i $(CXX_FILES),true)
+
+SANITIZED := build/sanitize
+sanitize: setup  ## kernel tests (AVX2) and thread pool under Address-, UndefinedBehavior- and ThreadSanitizer
+	@mkdir -p build
+	@PATH="$(abspath $(VENV))/bin:$$PATH" cmake -S . -B $(SANITIZED) -G Ninja -DCMAKE_BUILD_TYPE=Debug \
+	  -DKT_SFT_SANITIZE=address,undefined -DPython_EXECUTABLE=$(abspath $(RUN)) \
+	  -Dpybind11_DIR=$$($(RUN) -m pybind11 --cmakedir) >$(SANITIZED).log || (cat $(SANITIZED).log; exit 1)
+	@PATH="$(abspath $(VENV))/bin:$$PATH" cmake --build $(SANITIZED) >>$(SANITIZED).log || (cat $(SANITIZED).log; exit 1)
+	@LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libstdc++.so)" ASAN_OPTIONS=detect_leaks=0 \
+	  KT_SFT_ISA=avx2 KT_SFT_EXTENSION=$$(ls $(SANITIZED)/_C*.so) \
+	  $(PYTEST) --capture=sys -p tests.sanitize.extension -k "not amx and not avx512" tests/ops
+	@$(PYTEST) tests/sanitize
+.PHONY: sanitize
 
 bench: setup  ## time one MoE layer beside torch (shape A of Qwen3-30B-A3B)
 	@$(RUN) -m benchmarks.bench_experts

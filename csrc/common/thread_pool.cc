@@ -134,18 +134,23 @@ int available_cores() {
 // Leaked on purpose: workers may outlive main() and a static destructor must not pull memory from under them.
 Pool* pool = nullptr;
 std::mutex* pool_mutex = new std::mutex;
-int wanted_threads = 0;
+std::atomic<int> wanted_threads{0};  // 0: not chosen yet
 
 void forget_after_fork() {
   pool = nullptr;  // its threads live in the parent only
   pool_mutex = new std::mutex;
 }
 
-int wanted() { return wanted_threads > 0 ? wanted_threads : (wanted_threads = available_cores()); }
+[[maybe_unused]] const int fork_handler = pthread_atfork(nullptr, nullptr, forget_after_fork);
 
 }  // namespace
 
-int num_threads() { return wanted(); }
+int num_threads() {
+  int threads = wanted_threads.load(std::memory_order_relaxed);
+  if (threads > 0) return threads;
+  const int cores = available_cores();
+  return wanted_threads.compare_exchange_strong(threads, cores) ? cores : threads;
+}
 
 void set_num_threads(int threads) {
   KT_CHECK(threads >= 1, "num_threads: expected at least 1, got ", threads);
@@ -154,16 +159,15 @@ void set_num_threads(int threads) {
 
 void run_tasks(int64_t tasks, TaskFn fn, void* context) {
   if (tasks <= 0) return;
-  if (wanted() == 1 || tasks == 1) {
+  const int threads = num_threads();  // once: another thread may change it meanwhile
+  if (threads == 1 || tasks == 1) {
     for (int64_t t = 0; t < tasks; ++t) fn(context, t, 0);
     return;
   }
   std::lock_guard<std::mutex> lock(*pool_mutex);
-  if (pool == nullptr || pool->threads != wanted()) {
-    static const int registered = pthread_atfork(nullptr, nullptr, forget_after_fork);
-    (void)registered;
+  if (pool == nullptr || pool->threads != threads) {
     if (pool != nullptr) pool->shut_down();  // its few bytes stay: workers are still returning from them
-    pool = new Pool(wanted());
+    pool = new Pool(threads);
   }
   pool->run(tasks, fn, context);
 }

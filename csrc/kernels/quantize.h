@@ -194,8 +194,8 @@ inline bool quantize_group(const QuantizeArgs& a, int kb0, int kb1, uint16_t* sc
     for (int half = 0; half < kStripTiles; ++half) scale[half] = best_trial(trials[half]);
   }
   each_block([&](int kb, int half, auto w) {
-    auto* pairs = const_cast<uint8_t*>(a.dst->block(a.nb, kb)) + half * kTileRows * pair_bytes(a.dst->format);
-    for (int k = 0; k < kBlock; k += 2, pairs += kBlock * pair_bytes(a.dst->format))
+    auto* pairs = const_cast<uint8_t*>(a.dst->block(a.nb, kb)) + half * kTileRows * Format::kPairBytes;
+    for (int k = 0; k < kBlock; k += 2, pairs += kBlock * Format::kPairBytes)
       Format::template encode<Vec>(code(w[k], scale[half].inverse, kLargest),
                                    code(w[k + 1], scale[half].inverse, kLargest), pairs);
   });

@@ -3,14 +3,14 @@
 // variant's namespace.
 #pragma once
 
-// 16 rows of a block -> [16 rows][32 columns]; pair_stride: bytes from one pair of columns to the next.
+// 16 rows of a block -> [16 rows][32 columns].
 template <class Format, bool Scaled>
-inline void unpack_tile(const uint8_t* pairs, int pair_stride, const uint16_t* scales, uint16_t* out) {
+inline void unpack_tile(const uint8_t* pairs, const uint16_t* scales, uint16_t* out) {
   alignas(64) uint32_t words[kPairs * kTileRows];
   const uint32_t* rows[kPairs];
   Vec::F32 scale{};
   if constexpr (Scaled) scale = Vec::load_bf16(scales);
-  for (int p = 0; p < kPairs; ++p, pairs += pair_stride) {
+  for (int p = 0; p < kPairs; ++p, pairs += kBlock * Format::kPairBytes) {
     Vec::F32 even, odd;
     Format::template decode<Vec>(pairs, even, odd);
     if constexpr (Scaled) even = Vec::mul(even, scale), odd = Vec::mul(odd, scale);
@@ -24,11 +24,11 @@ inline void unpack_tile(const uint8_t* pairs, int pair_stride, const uint16_t* s
 template <class Format, bool Scaled>
 inline void unpack_strip_as(const PackedMatrix& m, int nb, uint16_t* out) {
   alignas(64) uint16_t tile[kBlock * kBlock];
-  const int bytes = pair_bytes(m.format), rows = min_int(kBlock, m.rows - nb * kBlock);
+  const int rows = min_int(kBlock, m.rows - nb * kBlock);
   for (int kb = 0; kb < m.col_blocks(); ++kb) {
     const uint16_t* scales = m.block_scales(nb, kb);
     for (int row = 0; row < kBlock; row += kTileRows)
-      unpack_tile<Format, Scaled>(m.block(nb, kb) + row * bytes, kBlock * bytes, Scaled ? scales + row : nullptr,
+      unpack_tile<Format, Scaled>(m.block(nb, kb) + row * Format::kPairBytes, Scaled ? scales + row : nullptr,
                                   tile + row * kBlock);
     const int cols = min_int(kBlock, m.cols - kb * kBlock);
     for (int i = 0; i < rows; ++i) {

@@ -1,5 +1,4 @@
 #include <algorithm>
-#include <cstring>
 
 #include "common/thread_pool.h"
 #include "moe/plan.h"
@@ -322,9 +321,9 @@ struct Backward {
 
   void run() {
     plan.cut();
-    const size_t bytes = plan.call.tokens * hidden() * sizeof(float);
-    std::memset(grads.grad_x, 0, bytes);
-    if (plan.call.lora.x != nullptr) std::memset(grads.grad_lora_x, 0, bytes);
+    const int64_t count = plan.call.tokens * hidden();
+    std::fill_n(grads.grad_x, count, 0.0f);
+    if (plan.call.lora.x != nullptr) std::fill_n(grads.grad_lora_x, count, 0.0f);
     for (int i = 0; i < plan.num_waves; ++i) run_wave(plan.waves[i]);
   }
 };

@@ -1,5 +1,4 @@
 #include <algorithm>
-#include <cstring>
 
 #include "common/thread_pool.h"
 #include "moe/plan.h"
@@ -105,7 +104,7 @@ struct Forward {
   void run() {
     const int D = plan.weights.hidden, F = plan.weights.intermediate;
     plan.cut();
-    std::memset(out, 0, plan.call.tokens * D * sizeof(float));
+    std::fill_n(out, plan.call.tokens * D, 0.0f);  // no memset: out may be null without tokens
     for (int i = 0; i < plan.num_waves; ++i) {
       const Wave& wave = plan.waves[i];
       const int64_t pieces = wave.end - wave.begin;

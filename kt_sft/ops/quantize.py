@@ -71,20 +71,22 @@ def quantize(w_NK: Tensor, weight_format: str, group_size: int) -> tuple[Tensor,
     qmax = QMAX[weight_format]
 
     def codes_for(scale_NG1: Tensor) -> tuple[Tensor, Tensor]:
-        inverse = torch.where(scale_NG1 >= torch.finfo(torch.float32).tiny, 1.0 / scale_NG1, 0.0)
-        exact_NGg = w_NGg * inverse
-        codes_NGg = exact_NGg.round().clamp_(-qmax, qmax)
-        return codes_NGg, _squared_error(exact_NGg, codes_NGg, scale_NG1) if weight_format == "int4" else None
+        inverse_NG1 = torch.where(scale_NG1 >= torch.finfo(torch.float32).tiny, 1.0 / scale_NG1, 0.0)
+        exact_NGg = w_NGg * inverse_NG1
+        return exact_NGg.round().clamp_(-qmax, qmax), exact_NGg
 
     scale_NG1 = _bf16_ceil(peak_NG1 / qmax).float()
-    codes_NGg, best_NG1 = codes_for(scale_NG1)
-    for fraction in _INT4_FRACTIONS[1:] if weight_format == "int4" else ():
-        trial_NG1 = (peak_NG1 * (fraction / qmax)).to(torch.bfloat16).float()
-        trial_codes, error_NG1 = codes_for(trial_NG1)
-        better = error_NG1 < best_NG1
-        best_NG1 = torch.where(better, error_NG1, best_NG1)
-        scale_NG1 = torch.where(better, trial_NG1, scale_NG1)
-        codes_NGg = torch.where(better, trial_codes, codes_NGg)
+    codes_NGg, exact_NGg = codes_for(scale_NG1)
+    if weight_format == "int4":
+        best_NG1 = _squared_error(exact_NGg, codes_NGg, scale_NG1)
+        for fraction in _INT4_FRACTIONS[1:]:
+            trial_NG1 = (peak_NG1 * (fraction / qmax)).to(torch.bfloat16).float()
+            trial_codes, exact_NGg = codes_for(trial_NG1)
+            error_NG1 = _squared_error(exact_NGg, trial_codes, trial_NG1)
+            better = error_NG1 < best_NG1
+            best_NG1 = torch.where(better, error_NG1, best_NG1)
+            scale_NG1 = torch.where(better, trial_NG1, scale_NG1)
+            codes_NGg = torch.where(better, trial_codes, codes_NGg)
     codes_NK = codes_NGg.to(torch.int8).view(rows, -1)[:, :columns].contiguous()
     return codes_NK, scale_NG1.squeeze(-1).to(torch.bfloat16).contiguous()
 
