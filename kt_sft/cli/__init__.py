@@ -6,7 +6,7 @@ import sys
 
 import typer
 
-from . import llamafactory, planned, version
+from . import llamafactory, plan, planned, version
 from .errors import CommandError
 
 app = typer.Typer(
@@ -17,6 +17,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 version.register(app)
+plan.register(app)
 llamafactory.register(app)
 planned.register(app)
 
