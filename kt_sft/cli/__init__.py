@@ -6,7 +6,7 @@ import sys
 
 import typer
 
-from . import llamafactory, plan, planned, version
+from . import doctor, llamafactory, plan, planned, version
 from .errors import CommandError
 
 app = typer.Typer(
@@ -18,6 +18,7 @@ app = typer.Typer(
 )
 version.register(app)
 plan.register(app)
+doctor.register(app)
 llamafactory.register(app)
 planned.register(app)
 

@@ -29,7 +29,7 @@ the options describe another one.
     kt-sft plan config.json --gpus 2 --gpu-memory 48GB --ram 1TB --cutoff-len 4096 --lora-rank 16
 """
 _MACHINE = "This or another machine"
-_EFFICIENCY = "assumed: what the README's table shows for AVX512-BF16"
+_EFFICIENCY = "assumed: as benchmarks/results show for AVX512-BF16"
 
 
 def register(app: typer.Typer) -> None:
@@ -136,7 +136,10 @@ def _model_table(plan: Plan) -> Table:
     from rich.table import Table
 
     parts = plan.parts
-    table = Table(title=f"{plan.name}: {parts.total_parameters / 1e9:,.1f} B parameters", title_justify="left")
+    counts = (
+        f"{parts.total_parameters / 1e9:,.3g} B parameters, {parts.active_parameters / 1e9:,.3g} B active per token"
+    )
+    table = Table(title=f"{plan.name}: {counts}", title_justify="left")
     table.caption = f"{parts.counted}; checkpoint {gb(plan.checkpoint)} ({plan.stored.name}; {plan.checkpoint_from})"
     table.caption_justify = "left"
     table.add_column("part")

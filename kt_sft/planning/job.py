@@ -71,10 +71,8 @@ class Host:
     disk: Rate
     gpu: Rate
     pack: dict[str, Rate]
-    efficiency: float = (
-        0.55  # of the peak, as measured in README.md on AVX512-BF16: forward 0.58 to 0.66, backward 0.57
-    )
-    lora_efficiency: float = 0.10  # of the rank-sized products: int8 + LoRA rank 16 against int8 in the same table
+    efficiency: float = 0.7  # of the peak, for products of many rows: see ``speed``
+    lora_efficiency: float = 0.1  # for the rank-sized products, from README's rows int8 and int8 + LoRA rank 16
     link: Rate = ASSUMED_LINK
 
 

@@ -18,6 +18,7 @@ WAVE_ROWS = 4096  # routed rows that the kernels' workspace holds at a time
 OPTIMIZER = 16  # bytes per trained value: fp32 value, gradient, and the two averages of Adam
 LOGITS = 12  # bytes per logit: bf16 and fp32 values, and the gradients of both
 PROCESS = 600 << 20  # resident after the imports of LLaMA-Factory's trainer, measured with torch 2.13 (CPU)
+ALLOCATOR = 2
 GPU_CONTEXT = 700 << 20
 GPU_PROCESS = 1500 << 20  # host memory that CUDA's libraries and pinned buffers take in a process
 
@@ -37,10 +38,11 @@ def total(lines: list[Line]) -> int:
 
 def packed_bytes(parts: ModelParts, weight_format: str) -> int:
     """Codes, scales and padding of all layers, and their biases in bf16."""
-    return sum(group.layers * (_layer_bytes(group, weight_format) + 2 * group.biases) for group in parts.experts)
+    return sum(group.layers * (layer_bytes(group, weight_format) + 2 * group.biases) for group in parts.experts)
 
 
-def _layer_bytes(group: ExpertLayers, weight_format: str) -> int:
+def layer_bytes(group: ExpertLayers, weight_format: str) -> int:
+    """Packed matrices of one layer of the group."""
     return PackedExperts.nbytes_for(group.experts, group.hidden, group.intermediate, weight_format)
 
 
@@ -54,7 +56,9 @@ def host_lines(parts: ModelParts, job: Job, weight_format: str) -> list[Line]:
     """Host memory of all processes together."""
     packed, n = packed_bytes(parts, weight_format), job.processes
     libraries = PROCESS + (GPU_PROCESS if job.gpus else 0)
-    how = f"{n} x {_gb(PROCESS)}, measured" + (f", + {_gb(GPU_PROCESS)} for CUDA, assumed" if job.gpus else "")
+    how = f"{n} x {_gb(PROCESS)} after the imports of LLaMA-Factory" + (
+        f", + {_gb(GPU_PROCESS)} for CUDA, assumed" if job.gpus else ""
+    )
     lines = [
         Line("packed experts", packed, _packed_how(parts, weight_format) + ", one copy for all processes"),
         Line("workspace of the kernels", n * workspace_bytes(parts, job), f"{n} x {WAVE_ROWS:,} routed rows at a time"),
@@ -67,35 +71,42 @@ def host_lines(parts: ModelParts, job: Job, weight_format: str) -> list[Line]:
 
 def model_lines(parts: ModelParts, job: Job) -> list[Line]:
     """Memory of each GPU; of the host where there is none."""
+    activations = _activation_lines(parts, job)
+    if job.gpus:
+        last = Line("CUDA context", GPU_CONTEXT, "assumed")
+    else:
+        kept = ALLOCATOR * total(activations)
+        last = Line("freed but kept by malloc", kept, f"{ALLOCATOR} x the activations: seen with `make demo`'s model")
+    return [*_weight_lines(parts, job), *activations, last]
+
+
+def _weight_lines(parts: ModelParts, job: Job) -> list[Line]:
+    """Weights in bf16, adapters and their optimizer."""
     share = job.gpus if job.gpus > 1 and job.sharded else 1
     of_share = f" / {share} GPUs" if share > 1 else ""
-    expert_adapters, other_adapters = adapter_parameters(parts, job)
-    T, D = job.tokens, parts.hidden
     lines = [
         Line(part, 2 * count // share, f"{count:,} x 2 B{of_share}") for part, count in parts.rest.items() if count
     ]
-    for name, count in (("experts' adapters", expert_adapters), ("other adapters", other_adapters)):
+    adapters = adapter_parameters(parts, job)
+    for name, count in zip(("experts' adapters", "other adapters"), adapters, strict=True):
         if count:
-            lines.append(
-                Line(f"{name} and optimizer", OPTIMIZER * count // share, f"{count:,} x {OPTIMIZER} B{of_share}")
-            )
+            how = f"{count:,} x {OPTIMIZER} B{of_share}"
+            lines.append(Line(f"{name} and optimizer", OPTIMIZER * count // share, how))
     if share > 1:
-        gathered = (2 * parts.rest_parameters + 4 * expert_adapters) // parts.layers
+        gathered = (2 * parts.rest_parameters + 4 * adapters[0]) // parts.layers
         lines.append(Line("one gathered layer", gathered, "its weights in bf16 and adapters in fp32 (FSDP2)"))
-    layer = 2 * T * parts.widest * 2
-    if job.gradient_checkpointing:
-        lines += [
-            Line("inputs of all layers", parts.layers * T * D * 2, f"L {parts.layers} x T {T:,} x D {D} x 2 B"),
-            Line("activations of one layer", layer, f"estimate: T {T:,} x {parts.widest:,} in and out x 2 B, twice"),
-        ]
-    else:
-        lines.append(
-            Line("activations of all layers", parts.layers * layer, f"estimate: L {parts.layers} x T {T:,} x ... x 4 B")
-        )
-    lines.append(Line("logits", T * parts.vocabulary * LOGITS, f"T {T:,} x V {parts.vocabulary:,} x {LOGITS} B"))
-    if job.gpus:
-        lines.append(Line("CUDA context", GPU_CONTEXT, "assumed"))
     return lines
+
+
+def _activation_lines(parts: ModelParts, job: Job) -> list[Line]:
+    T, D, L = job.tokens, parts.hidden, parts.layers
+    how = f"estimate: T {T:,} x {parts.widest:,} inputs and outputs x 2 B, and their gradients"
+    layer = 2 * T * parts.widest * 2
+    lines = [Line("logits", T * parts.vocabulary * LOGITS, f"T {T:,} x V {parts.vocabulary:,} x {LOGITS} B")]
+    if not job.gradient_checkpointing:
+        return [Line("activations of all layers", L * layer, f"{how}; L {L}"), *lines]
+    inputs = Line("inputs of all layers", L * T * D * 2, f"L {L} x T {T:,} x D {D} x 2 B")
+    return [inputs, Line("activations of one layer", layer, how), *lines]
 
 
 def saved_bytes(parts: ModelParts, job: Job) -> int:
@@ -140,7 +151,7 @@ def _call_bytes(parts: ModelParts, job: Job) -> int:
 
 def _packed_how(parts: ModelParts, weight_format: str) -> str:
     terms = [
-        f"{g.layers} layers x {g.experts} x {_layer_bytes(g, weight_format) / g.experts / 1e6:,.2f} MB"
+        f"{g.layers} layers x {g.experts} x {layer_bytes(g, weight_format) / g.experts / 1e6:,.2f} MB"
         for g in parts.experts
     ]
     return " + ".join(terms)

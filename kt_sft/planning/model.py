@@ -65,6 +65,18 @@ class ModelParts:
         return sum(group.weights + group.layers * group.biases for group in self.experts)
 
     @property
+    def active_parameters(self) -> int:
+        """What one token is multiplied with: the routed experts it chooses and the rest, but the embedding table."""
+        chosen = sum(g.weights * min(self.top_k, g.experts) // g.experts for g in self.experts)
+        return chosen + self.multiplied_parameters
+
+    @property
+    def multiplied_parameters(self) -> int:
+        """The rest without the embedding table, which is looked up; a tied one also is the head."""
+        table = self.vocabulary * self.hidden
+        return self.rest_parameters - (table if self.rest.get("embeddings and head", 0) >= 2 * table else 0)
+
+    @property
     def rest_parameters(self) -> int:
         return sum(self.rest.values())
 

@@ -131,6 +131,7 @@ def as_dict(plan: Plan) -> dict[str, Any]:
         | {
             "total_parameters": plan.parts.total_parameters,
             "expert_parameters": plan.parts.expert_parameters,
+            "active_parameters": plan.parts.active_parameters,
         },
         "checkpoint": {"format": plan.stored.name, "bytes": plan.checkpoint, "from": plan.checkpoint_from},
         "job": asdict(plan.job),
