@@ -38,7 +38,9 @@ KNOWN = {
         1040, 32, 594, "arXiv 2507.20534 and model card: 1.04 trillion total, 32B active; 594 GB of INT4 files"
     ),
     "qwen3_235b_a22b": Published(235, 22, 470, "arXiv 2505.09388 and model card: 235B total, 22B active; BF16"),
-    "glm_4_5": Published(355, 32, 717 - 7, "arXiv 2508.06471, table 1: 355B total, 32B active; 717 GB with its MTP layer"),
+    "glm_4_5": Published(
+        355, 32, 717 - 7, "arXiv 2508.06471, table 1: 355B total, 32B active; 717 GB with its MTP layer"
+    ),
     "minimax_m2": Published(230, 10, 230, "model card: 230B total, 10B active; FP8"),
     "gpt_oss_120b": Published(
         116.83, 5.13, 60.8 * 2**30 / 1e9, "arXiv 2508.10925, table 1: 116.83B, 5.13B active, checkpoint 60.8 GiB"
@@ -64,7 +66,9 @@ def test_published_expert_sizes():
     assert (parts.expert_parameters + parts.rest["routers"]) / 1e9 == pytest.approx(114.71, rel=1e-3)
     assert parts.rest["attention"] / 1e9 == pytest.approx(0.96, rel=0.01)
     assert parts.rest["embeddings and head"] / 1e9 == pytest.approx(1.16, rel=0.01)
-    deepseek = describe(config("deepseek_v3"))  # arXiv 2412.19437, section 4.2: 58 layers of 256 experts of 3 * 7168 * 2048
+    deepseek = describe(
+        config("deepseek_v3")
+    )  # arXiv 2412.19437, section 4.2: 58 layers of 256 experts of 3 * 7168 * 2048
     assert deepseek.expert_parameters == 58 * 256 * 3 * 7168 * 2048
 
 
@@ -173,5 +177,5 @@ def test_a_folder_without_a_config(tmp_path):
 
 @pytest.mark.parametrize("name", ["no/such-model", "no such thing at all/x/y"])
 def test_neither_folder_nor_hub_name(name):
-    with pytest.raises(ValueError, match="give a folder or a config.json"):
+    with pytest.raises(ValueError, match=r"give a folder or a config\.json"):
         source.find(name)
