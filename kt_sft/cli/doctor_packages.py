@@ -72,7 +72,8 @@ def version(name: str) -> Finding:
     text = f"{found} (tested: {', '.join(tested)})"
     least = _least(name)
     if least is not None and not least.specifier.contains(_public(found), prereleases=True):
-        return problem(name, f"{found}, needed is {least}", f"pip install '{least}'")
+        wanted = f"{name}{least.specifier}"
+        return problem(name, f"{found}, needed is {wanted}", f"pip install '{wanted}'")
     if _public(found) in tested:
         return ok(name, text)
     return warning(name, text, f"if something fails: pip install {name}=={recommended}")
