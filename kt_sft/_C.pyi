@@ -31,7 +31,6 @@ def unpack(packed: PackedHandle, expert: int, projection: int, out: Tensor, /) -
 def product(
     packed: PackedHandle, expert: int, projection: int, transposed: bool, act: Tensor, out: Tensor, /
 ) -> None: ...
-
 def product_int8(
     packed: PackedHandle, expert: int, projection: int, act: Tensor, group: int, out: Tensor, /
 ) -> None: ...

@@ -120,7 +120,7 @@ def _show(plan: Plan) -> None:
 
     console = Console()
     console.print(_model_table(plan))
-    for note in (*plan.parts.notes, *plan.notes):
+    for note in plan.parts.notes:
         console.print(f"note: {note}", highlight=False)
     console.print(_options_table(plan))
     for option in plan.options:

@@ -133,10 +133,16 @@ def _build(model_class: Any, settings: Any) -> Any:
 
 
 def _notes(config: dict[str, Any]) -> tuple[str, ...]:
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    notes = []
+    model_type, names = config.get("model_type"), config.get("architectures")
+    if model_type not in CONFIG_MAPPING:
+        notes.append(f"transformers has no model_type {model_type!r}; counted as architectures says, {names}")
     extra = config.get("num_nextn_predict_layers") or config.get("num_mtp_modules")
     if extra and config.get("use_mtp", True):
-        return (f"the {extra} multi-token-prediction layers of the checkpoint are neither loaded nor counted",)
-    return ()
+        notes.append(f"the multi-token-prediction layers of the checkpoint ({extra}) are neither loaded nor counted")
+    return tuple(notes)
 
 
 def _count(model: Any, text: Any, notes: tuple[str, ...]) -> ModelParts:

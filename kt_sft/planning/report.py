@@ -43,7 +43,6 @@ class Plan:
     job: Job
     host: Host
     options: list[Option]
-    notes: tuple[str, ...] = ()
 
     def option(self, weight_format: str) -> Option:
         return next(o for o in self.options if o.weight_format == weight_format)

@@ -101,7 +101,7 @@ def test_experts_that_cannot_run_are_named():
 
 def test_remote_code_is_not_needed_for_a_class_that_transformers_has():
     parts = describe(config("kimi_k2_thinking"))
-    assert "DeepseekV3ForCausalLM" in parts.counted
+    assert "DeepseekV3ForCausalLM" in parts.counted and "no model_type 'kimi_k2'" in parts.notes[0]
 
 
 def test_an_unknown_architecture_is_counted_by_its_numbers():
