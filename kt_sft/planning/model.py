@@ -159,9 +159,11 @@ def _count(model: Any, text: Any, notes: tuple[str, ...]) -> ModelParts:
             obstacle = obstacle or str(error)
         groups[_expert_layer(module, path, text.hidden_size)] += 1
     if not groups:
+        similar = sorted({type(m).__name__ for m in model.modules() if "expert" in type(m).__name__.lower()})
+        found = f"experts of a kind that is not known ({', '.join(similar)})" if similar else "one without"
         raise ValueError(
-            f"{type(model).__name__}: expected a model with routed experts, got one without; "
-            "it gains nothing from kt_sft: train it with stock LLaMA-Factory"
+            f"{type(model).__name__}: expected a model with routed experts, got {found}; "
+            "kt_sft can do nothing for it: train it with stock LLaMA-Factory"
         )
     rest: Counter[str] = Counter()
     for name, parameter in model.named_parameters():
