@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from .errors import CommandError
-from .sizes import duration, gb, parse_size
+from .sizes import billions, duration, gb, parse_size
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -57,9 +57,6 @@ def plan(
     gpu_tflops: Annotated[float | None, typer.Option(help="Sustained by a GPU.", rich_help_panel=_MACHINE)] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Everything, in bytes and seconds.")] = False,
 ) -> None:
-    from kt_sft.machine import facts
-    from kt_sft.planning import job, report, source
-
     given = {
         "ram": _size("--ram", ram),
         "gpu_memory": _size("--gpu-memory", gpu_memory),
@@ -69,6 +66,9 @@ def plan(
         "gpu": _tera("--gpu-tflops", gpu_tflops),
     }
     try:
+        from kt_sft.machine import facts
+        from kt_sft.planning import job, report, source
+
         found = source.find(model)
         wanted = job.Job(
             gpus=len(facts.gpus()) if gpus is None else gpus,
@@ -112,16 +112,26 @@ def _host(host: Host, given: dict[str, float | None]) -> Host:
         changes[name] = Rate(value, "given") if name in ("disk", "memory", "cpu", "gpu") else int(value)
         if name == "ram":
             changes["ram_free"] = int(value)
+    if given["cpu"] is not None:
+        ratio = given["cpu"] / host.cpu.value
+        changes["pack"] = {
+            n: Rate(r.value * ratio, "this machine's, scaled by --cpu-tflops") for n, r in host.pack.items()
+        }
     return dataclasses.replace(host, **changes)
 
 
 def _show(plan: Plan) -> None:
     from rich.console import Console
+    from rich.markup import escape
 
     console = Console()
+    parts = plan.parts
+    counts = f"{billions(parts.total_parameters)} parameters, {billions(parts.active_parameters)} active per token"
+    console.print(f"[bold]{escape(plan.name)}: {counts}[/]", highlight=False)
+    console.print(f"{parts.counted}; checkpoint {gb(plan.checkpoint)} ({plan.stored.name}; {plan.checkpoint_from})")
     console.print(_model_table(plan))
     for note in plan.parts.notes:
-        console.print(f"note: {note}", highlight=False)
+        console.print(f"note: {escape(note)}", highlight=False)
     console.print(_options_table(plan))
     for option in plan.options:
         verdict = "[green]fits here[/]" if option.fits else f"[red]needs {' and '.join(option.short)}[/]"
@@ -129,19 +139,14 @@ def _show(plan: Plan) -> None:
     console.print(_account_table(plan, plan.best))
     _show_rates(console, plan, plan.best)
     if plan.parts.obstacle:
-        console.print(f"[red]cannot run yet:[/] {plan.parts.obstacle}", highlight=False)
+        console.print(f"[red]cannot run yet:[/] {escape(plan.parts.obstacle)}", highlight=False)
 
 
 def _model_table(plan: Plan) -> Table:
     from rich.table import Table
 
     parts = plan.parts
-    counts = (
-        f"{parts.total_parameters / 1e9:,.3g} B parameters, {parts.active_parameters / 1e9:,.3g} B active per token"
-    )
-    table = Table(title=f"{plan.name}: {counts}", title_justify="left")
-    table.caption = f"{parts.counted}; checkpoint {gb(plan.checkpoint)} ({plan.stored.name}; {plan.checkpoint_from})"
-    table.caption_justify = "left"
+    table = Table()
     table.add_column("part")
     table.add_column("parameters", justify="right")
     table.add_column("how")
@@ -166,18 +171,18 @@ def _options_table(plan: Plan) -> Table:
     where = f"{job.gpus} x GPU of {gb(plan.host.gpu_memory)}" if job.gpus else "no GPU"
     target = f"LoRA rank {job.lora_rank}{'' if job.expert_lora else ', not on the experts'}"
     table = Table(title=f"{where}; {job.batch_size} x {job.cutoff_len:,} tokens a step; {target}", title_justify="left")
-    table.add_column("format")
+    table.add_column("format", no_wrap=True)
     heads = [
-        "experts, cache",
+        "experts",
         "RAM",
-        *(["each GPU"] if job.gpus else []),
-        "first load",
-        "next load",
+        *(["GPU"] if job.gpus else []),
+        "first\nload",
+        "next\nload",
         "step",
-        "tokens/s",
+        "tok/s",
     ]
     for head in heads:
-        table.add_column(head, justify="right", no_wrap=head in ("RAM", "each GPU", "step"))
+        table.add_column(head, justify="right", no_wrap=True)
     for option in plan.options:
         step = speed.seconds(option.step)
         table.add_row(

@@ -22,9 +22,17 @@ def parse_size(option: str, text: str) -> int:
 
 def gb(nbytes: float) -> str:
     """Three digits at least: ``0.123 GB``, ``1,234 GB``."""
-    value = nbytes / 1e9
+    return f"{_three_digits(nbytes / 1e9)} GB"
+
+
+def billions(count: float) -> str:
+    """``0.693 B``, ``1,026 B``."""
+    return f"{_three_digits(count / 1e9)} B"
+
+
+def _three_digits(value: float) -> str:
     digits = 0 if value >= 100 else 1 if value >= 10 else 2 if value >= 1 else 3
-    return f"{value:,.{digits}f} GB"
+    return f"{value:,.{digits}f}"
 
 
 def duration(seconds: float) -> str:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -40,7 +43,7 @@ def test_the_tables_show_every_format_and_the_arithmetic():
     done = invoke(CONFIGS / "deepseek_v3.json", "--gpus", 2, "--gpu-memory", "48GB", "--ram", "1TB")
     assert done.exit_code == 0, done.output
     for text in (
-        "671 B parameters",
+        "671 B parameters, 36.6 B active per token",
         "58 layers x 256 experts",
         "bf16",
         "int8",
@@ -58,6 +61,7 @@ def test_options_describe_another_machine():
     host = data["host"]
     assert (host["ram"], host["cpu"]["value"], host["disk"]["value"]) == (512e9, 20e12, 5e9)
     assert host["cpu"]["source"] == "given" and host["memory"]["source"] == "measured: here"
+    assert host["pack"]["int8"]["value"] == 20 * 2e9  # twenty times this machine's peak
     assert data["job"]["gpus"] == 0 and data["parts"]["total_parameters"] == 235093634560
 
 
@@ -95,6 +99,18 @@ def test_bad_options_are_one_line(args, message):
     done = invoke(CONFIGS / "glm_4_5.json", *args)
     assert isinstance(done.exception, CommandError)
     assert message in str(done.exception) and "\n" not in str(done.exception)
+
+
+def test_kernels_that_do_not_load_are_one_line():
+    """An impossible instruction set, in a process of its own."""
+    done = subprocess.run(
+        [sys.executable, "-m", "kt_sft", "plan", str(CONFIGS / "glm_4_5.json")],
+        env={**os.environ, "KT_SFT_ISA": "no_such_isa"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 1 and done.stderr.startswith("kt-sft: KT_SFT_ISA: unknown 'no_such_isa'")
 
 
 def test_a_dense_model_is_one_line(tmp_path):
