@@ -12,6 +12,9 @@ import torch
 
 from kt_sft import native
 
+with torch.device("meta"):  # torch lists the functions that this redirects at its first use: before empty is replaced
+    torch.empty(0)
+
 ALL_ISAS = ("amx", "avx512_bf16", "avx512", "avx2", "amx_model")
 
 

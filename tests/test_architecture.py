@@ -19,10 +19,12 @@ ALLOWED = {
     "ops": {"native"},
     "weights": {"native", "config", "ops"},
     "nn": {"ops", "native", "config"},
+    "machine": {"ops", "native", "config"},
+    "planning": {"machine", "models", "ops", "native", "config"},
     "models": {"nn", "ops", "weights", "native", "config"},
     "distributed": {"config"},
     "integrations": {"models", "nn", "ops", "weights", "native", "config", "distributed"},
-    "cli": {"integrations", "models", "nn", "ops", "weights", "native", "config", "distributed"},
+    "cli": {"integrations", "planning", "machine", "models", "nn", "ops", "weights", "native", "config", "distributed"},
 }
 ENTRY_POINTS = {"__init__", "__main__"}
 THIRD_PARTY_FREE = {"config"}  # standard library only

@@ -6,7 +6,7 @@ import sys
 
 import typer
 
-from . import llamafactory, planned, version
+from . import doctor, llamafactory, plan, planned, version
 from .errors import CommandError
 
 app = typer.Typer(
@@ -17,6 +17,8 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 version.register(app)
+plan.register(app)
+doctor.register(app)
 llamafactory.register(app)
 planned.register(app)
 

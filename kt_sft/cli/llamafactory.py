@@ -14,7 +14,7 @@ import typer
 from .errors import CommandError
 
 VERBS = {
-    "train": "Train: kt-sft train FILE.yaml [key=value ...]",
+    "train": "Train: kt-sft train FILE.yaml \\[key=value ...]",
     "chat": "Chat in the terminal: kt-sft chat FILE.yaml",
     "api": "Serve an OpenAI-style API: kt-sft api FILE.yaml",
     "webchat": "Chat in the browser: kt-sft webchat FILE.yaml",

@@ -13,7 +13,6 @@ INSTEAD = {
     "quant": "experts are packed on the first start and cached; set kt_expert_weight_format: int8 or int4.",
     "run": "write a YAML with model_name_or_path, template and use_kt: true, then: kt-sft chat FILE.yaml",
     "bench": "from a source checkout run: python -m benchmarks.bench_experts",
-    "doctor": "kt-sft version shows the CPU's kernels and the packages around them.",
     "config": "settings are keys of the training YAML (use_kt, kt_config); see docs/configuration.md.",
     "model": "model_name_or_path takes a folder or a hub name.",
     "download": "use huggingface-cli download, then put the folder into model_name_or_path.",

@@ -1,0 +1,1 @@
+"""What this machine has (``facts``) and how fast it is (``probes``): read and measured, nothing assumed."""
