@@ -27,7 +27,7 @@ from .. import native
 from ..config import KtConfig
 from ..nn.experts import KtExperts
 from ..ops import PackedExperts
-from ..weights.checkpoint import Checkpoint
+from ..weights.formats import open_checkpoint
 from ..weights.loader import load_experts
 from . import blocks_v4
 from .names import hub_names, locate
@@ -149,7 +149,7 @@ def fill_experts(model: Any, model_dir: StrPath, config: KtConfig, *, revision: 
     if not layers:
         raise _no_experts(model)
     directory = _local(config.expert_checkpoint_path or model_dir, revision)
-    available = set(Checkpoint(directory).names())
+    available = set(open_checkpoint(directory).names())
     empty = {path: m for path, m in layers.items() if not m.is_loaded}
     by_size: dict[tuple[int, int, int], dict[str, KtExperts]] = {}
     for path, m in empty.items():
@@ -228,8 +228,8 @@ def _no_experts(model: Any) -> ValueError:
 
 
 def _local(model_dir: StrPath, revision: str | None) -> str:
-    """The local folder of a checkpoint; a hub id is resolved through the hub's cache."""
-    if os.path.isdir(model_dir):
+    """The local folder (or GGUF file) of a checkpoint; a hub id is resolved through the hub's cache."""
+    if os.path.exists(model_dir):
         return os.fspath(model_dir)
     from huggingface_hub import snapshot_download
 
