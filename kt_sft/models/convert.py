@@ -31,7 +31,7 @@ from ..weights.formats import open_checkpoint
 from ..weights.loader import load_experts
 from . import blocks_v4
 from .names import hub_names, locate
-from .quantization import forget_quantised_experts
+from .quantization import forgotten_quantised_experts
 from .spec import MoeSpec, describe_fused, describe_list, is_fused
 
 logger = logging.getLogger(__name__)
@@ -79,15 +79,14 @@ def experts_on_cpu(model_dir: StrPath, config: KtConfig, *, revision: str | None
         post_init(self)
 
     def from_pretrained_and_fill(cls: type, *args: Any, **kwargs: Any) -> Any:
-        if "config" in kwargs and args and os.path.isdir(args[0]):
-            forget_quantised_experts(kwargs["config"], args[0])
         result = load.__func__(cls, *args, **kwargs)
         fill_experts(result[0] if isinstance(result, tuple) else result, model_dir, config, revision=revision)
         return result
 
     base.post_init, base.from_pretrained = post_init_with_swap, classmethod(from_pretrained_and_fill)
     try:
-        yield
+        with forgotten_quantised_experts(lambda name: _local(name, revision)):
+            yield
     finally:
         base.post_init, base.from_pretrained = post_init, load
 

@@ -10,8 +10,10 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoConfig
 
-from kt_sft.models.convert import from_pretrained
+from kt_sft.config import KtConfig
+from kt_sft.models.convert import experts_on_cpu, from_pretrained
 from kt_sft.nn.experts import KtExperts
 from kt_sft.weights.checkpoint import INDEX
 from kt_sft.weights.formats import ExpertReader, open_checkpoint
@@ -110,12 +112,14 @@ def test_other_quantised_tensors_are_left_to_transformers(reference, tmp_path, c
     tensors = load_file(target / "model.safetensors")
     tensors["model.layers.0.self_attn.q_proj.weight_scale_inv"] = torch.ones(1, 2)
     save_file(tensors, target / "model.safetensors")
-    from transformers import AutoConfig
+    with caplog.at_level(logging.INFO, "kt_sft"), experts_on_cpu(target, KtConfig()):
+        assert AutoConfig.from_pretrained(target).quantization_config["quant_method"] == "fp8"
+    assert "e.g. model.layers.0.self_attn.q_proj.weight_scale_inv" in caplog.text
 
-    from kt_sft.models.quantization import forget_quantised_experts
 
-    config = AutoConfig.from_pretrained(target)
-    with caplog.at_level(logging.INFO, "kt_sft"):
-        forget_quantised_experts(config, str(target))
-    assert config.quantization_config["quant_method"] == "fp8"
-    assert "self_attn.q_proj.weight_scale_inv, are left to transformers" in caplog.text
+def test_the_configuration_is_whole_again_afterwards(reference, tmp_path):
+    model, folder = reference
+    target = in_place(folder, published.gptq(weights_of(model)), tmp_path)
+    with experts_on_cpu(target, KtConfig()):
+        assert not hasattr(AutoConfig.from_pretrained(target), "quantization_config")
+    assert AutoConfig.from_pretrained(target).quantization_config["quant_method"] == "gptq"
