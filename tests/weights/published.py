@@ -282,8 +282,11 @@ def write_gguf(file: Path, weights: Weights, kinds: dict[str, str] | str, arch: 
 
 
 def gguf_layers(weights: Weights) -> dict[str, ExpertTensors]:
-    names = [(f"blk.{i}.ffn_{name}_exps.weight" for name in ("gate", "up", "down")) for i in range(len(weights))]
-    return {layer: ExpertTensors(gate=g, up=u, down=d) for layer, (g, u, d) in zip(weights, names, strict=True)}
+    layers = {}
+    for i, layer in enumerate(weights):
+        gate, up, down = (f"blk.{i}.ffn_{name}_exps.weight" for name in ("gate", "up", "down"))
+        layers[layer] = ExpertTensors(gate=gate, up=up, down=down)
+    return layers
 
 
 SAFETENSORS: dict[str, Callable[[Weights], Published]] = {
