@@ -93,7 +93,7 @@ class Gptq:
 
     @staticmethod
     def read(stored: Stored, shape: tuple[int, int]) -> QuantizedWeight:
-        codes = pack_nibbles(unpack_words(stored.read("qweight").T))
+        codes = stored.read("qweight").T.contiguous().view(torch.uint8)  # along K now, as the canonical order is
         zeros = unpack_words(stored.read("qzeros")).T.contiguous()
         if stored.checkpoint.quantization_config.get("checkpoint_format", "gptq") != "gptq_v2":
             zeros = (zeros + 1) & 15

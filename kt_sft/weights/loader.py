@@ -1,6 +1,6 @@
 """Experts of a checkpoint, packed: from the cache file if it fits, else built from the shards, whatever their format.
 
-Tensors are read in the order of the files, one expert at a time and two ahead, packed in a buffer for one expert and
+Tensors are read in the order of the files, one expert at a time and some ahead, packed in a buffer for one expert and
 written to the cache file, which is mapped at the end. Memory beyond the mapped file is thus a few experts' tensors;
 with ``cache_dir: none`` it is the packed experts themselves and these few tensors. Quantised experts are dequantised
 one by one and packed in the format asked for; a log line per layer says what that kept of the signal, by its expert 0:
@@ -22,6 +22,7 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import cycle
 from pathlib import Path
 
 import torch
@@ -34,11 +35,13 @@ from ..ops.quantize import resolve_group_size
 from .cache import CacheMiss, CacheSpec, PackedWriter, build_lock, open_packed
 from .checkpoint import Checkpoint, ExpertTensors
 from .formats import ExpertReader, open_checkpoint
+from .quantized import QuantizedWeight
 
 logger = logging.getLogger(__name__)
 
 SUFFIX = ".ktpack"
-_READ_AHEAD = 2  # experts
+_READERS = max(1, min(4, len(os.sched_getaffinity(0)) // 4))  # threads; each holds one expert
+_READ_AHEAD = _READERS + 1  # experts
 
 Matrices = tuple[Tensor, Tensor, Tensor]
 Readers = dict[str, ExpertReader]
@@ -97,12 +100,18 @@ def load_experts(
             raise OSError(f"packed experts {path}: unusable right after writing: {miss}; check the disk") from miss
 
 
-def _read(reader: ExpertReader, expert: int) -> Matrices:
+def _read(reader: ExpertReader, expert: int, buffers: dict[str, Tensor]) -> Matrices:
+    """One expert's matrices; quantised ones are dequantised into ``buffers``, whose pages are there already."""
     weights = reader.read(expert)
-    gate, up, down = (
-        w.codes if w.kind == "float" else w.dequantize() for w in (weights.gate, weights.up, weights.down)
-    )
-    return gate, up, down
+
+    def matrix(name: str, part: QuantizedWeight) -> Tensor:
+        if part.kind == "float":
+            return part.codes
+        if name not in buffers:
+            buffers[name] = torch.empty(part.shape)
+        return part.dequantize(out=buffers[name])
+
+    return matrix("gate", weights.gate), matrix("up", weights.up), matrix("down", weights.down)
 
 
 def _in_file_order(checkpoint: Checkpoint, readers: Readers, E: int) -> list[tuple[str, int]]:
@@ -114,7 +123,7 @@ def _in_file_order(checkpoint: Checkpoint, readers: Readers, E: int) -> list[tup
 
 
 def _pack_all(checkpoint: Checkpoint, readers: Readers, spec: CacheSpec, progress: bool, put: Put) -> None:
-    """Read every expert ahead on a second thread and hand it to ``put``."""
+    """Read every expert ahead on other threads and hand it to ``put``."""
     matrix_elements = 3 * spec.hidden_size * spec.intermediate_size
     bar = tqdm(
         total=len(readers) * spec.num_experts * matrix_elements,
@@ -134,10 +143,11 @@ def _pack_all(checkpoint: Checkpoint, readers: Readers, spec: CacheSpec, progres
 
 def _read_ahead(checkpoint: Checkpoint, readers: Readers, E: int) -> Iterator[tuple[str, int, Matrices]]:
     pending: deque[tuple[str, int, Future[Matrices]]] = deque()
-    with ThreadPoolExecutor(max_workers=1, thread_name_prefix="kt_sft-read") as pool:
+    buffers: cycle[dict[str, Tensor]] = cycle([{} for _ in range(_READ_AHEAD + 1)])
+    with ThreadPoolExecutor(max_workers=_READERS, thread_name_prefix="kt_sft-read") as pool:
         try:
             for layer, expert in _in_file_order(checkpoint, readers, E):
-                pending.append((layer, expert, pool.submit(_read, readers[layer], expert)))
+                pending.append((layer, expert, pool.submit(_read, readers[layer], expert, next(buffers))))
                 if len(pending) > _READ_AHEAD:
                     layer, expert, future = pending.popleft()
                     yield layer, expert, future.result()

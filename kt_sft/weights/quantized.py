@@ -19,9 +19,11 @@ K columns (inputs), G scales per row.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -32,9 +34,11 @@ Kind = Literal["float", "fp8_e4m3", "int8", "int4", "e2m1", "iq4_nl", "q4_k", "q
 _E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
 _IQ4_NL = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
 _LEVELS = {"int4": tuple(range(16)), "e2m1": _E2M1, "iq4_nl": _IQ4_NL}
+_SYMMETRIC = tuple(range(-8, 8))  # int4 around its usual zero, 8
+_FP8_LEVELS = torch.arange(256).to(torch.uint8).view(torch.float8_e4m3fn).float().numpy()
 _RAW = {"q4_k": gguf_blocks.q4_k, "q5_k": gguf_blocks.q5_k, "q6_k": gguf_blocks.q6_k}
 _SCALE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.uint8)
-_SYMMETRIC_ZERO = 8
+_CHUNK = 1 << 18  # elements, 1 MiB in fp32
 PEAK = {"fp8_e4m3": 448, "int8": 128, "int4": 15, "e2m1": 6, "iq4_nl": 127}  # the largest |value| before its scale
 
 
@@ -78,37 +82,46 @@ class QuantizedWeight:
         parts = (self.codes, self.scales, self.zeros, self.column_groups)
         return sum(part.numel() * part.element_size() for part in parts if part is not None)
 
-    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """The matrix (N, K): the product of value and scale in fp32, rounded once to ``dtype``.
+    def dequantize(self, dtype: torch.dtype = torch.float32, out: Tensor | None = None) -> Tensor:
+        """The matrix (N, K): the product of value and scale in fp32, rounded once to ``dtype`` (or to that of ``out``).
 
         The fp32 product is exact for every kind but the k-quants and scales in fp32.
         """
+        out_NK = torch.empty(self.shape, dtype=dtype) if out is None else out
         if self.kind == "float":
-            return self.codes.to(dtype)
+            return out_NK.copy_(self.codes)
+        rows, columns = self.shape
+        # A few rows at a time: temporaries stay in the cache and need no fresh pages.
+        height = self.block[0] * max(1, _CHUNK // (columns * self.block[0]))
+        for start in range(0, rows, height):
+            part = slice(start, min(start + height, rows))
+            out_NK[part] = self.rows(part)._decode()
+        return out_NK
+
+    def _decode(self) -> Tensor:
+        """All rows at once, fp32."""
         if self.kind in _RAW:
-            return _RAW[self.kind](self.codes).to(dtype)
+            return _RAW[self.kind](self.codes)
         values_NK = _values(self)
         if self.zeros is not None:
-            values_NK -= self._spread(self.zeros.float())
-        elif self.kind == "int4":
-            values_NK -= _SYMMETRIC_ZERO
-        return values_NK.mul_(self._spread(self.scale_values())).to(dtype)
+            values_NK = self._with_grid(torch.Tensor.sub_, values_NK, self.zeros.float())
+        return self._with_grid(torch.Tensor.mul_, values_NK, self.scale_values())
 
     def scale_values(self) -> Tensor:
         """The scales in fp32; exact."""
         assert self.scales is not None
         return _ue8m0(self.scales) if self.scales.dtype == torch.uint8 else self.scales.float()
 
-    def _spread(self, grid: Tensor) -> Tensor:
-        """One value per element of the matrix, (N, K), from one per block."""
+    def _with_grid(self, operation: Callable[[Tensor, Tensor], Tensor], values_NK: Tensor, grid: Tensor) -> Tensor:
+        """``operation`` in place on every element and the value of its block."""
         (rows, columns), (block_rows, block_columns) = self.shape, self.block
         if block_rows > 1:
             grid = grid.repeat_interleave(block_rows, 0)[:rows]
         if self.column_groups is not None:
-            return grid[:, self.column_groups]
+            return operation(values_NK, grid[:, self.column_groups])
         if columns % block_columns:
-            return grid.repeat_interleave(block_columns, 1)[:, :columns]
-        return grid.unsqueeze(-1).expand(rows, -1, block_columns).reshape(rows, columns)
+            return operation(values_NK, grid.repeat_interleave(block_columns, 1)[:, :columns])
+        return operation(values_NK.view(rows, -1, block_columns), grid.unsqueeze(-1)).view(rows, columns)
 
     def rows(self, part: slice) -> QuantizedWeight:
         """The matrix of some rows, e.g. the gate of a stacked or interleaved gate and up.
@@ -138,13 +151,15 @@ def _ue8m0(exponents: Tensor) -> Tensor:
 
 
 def _values(weight: QuantizedWeight) -> Tensor:
-    if weight.kind == "fp8_e4m3":
-        return weight.codes.view(torch.float8_e4m3fn).float()
+    """What the codes stand for, before the scales: fp32 (N, K), in fresh memory."""
     if weight.kind == "int8":
         return weight.codes.float()
-    levels = torch.tensor(_LEVELS[weight.kind], dtype=torch.float32)
-    pairs = torch.stack([levels.repeat(16), levels.repeat_interleave(16)], dim=-1)  # by byte: low nibble, high nibble
-    return pairs[weight.codes.int()].view(weight.shape)
+    if weight.kind == "fp8_e4m3":
+        return torch.from_numpy(np.take(_FP8_LEVELS, weight.codes.numpy()))
+    levels = _SYMMETRIC if weight.kind == "int4" and weight.zeros is None else _LEVELS[weight.kind]
+    # One look-up by byte for both of its codes: the low nibble's value, then the high one's.
+    pairs = np.stack([np.tile(levels, 16), np.repeat(levels, 16)], axis=-1).astype(np.float32).view(np.int64)[:, 0]
+    return torch.from_numpy(np.take(pairs, weight.codes.numpy()).view(np.float32))
 
 
 def pack_nibbles(codes_NK: Tensor) -> Tensor:
@@ -152,10 +167,11 @@ def pack_nibbles(codes_NK: Tensor) -> Tensor:
     return (codes_NK[:, 0::2] | (codes_NK[:, 1::2] << 4)).contiguous()
 
 
-def unpack_words(words: Tensor, order: tuple[int, ...] = tuple(range(8))) -> Tensor:
-    """Nibbles of int32 words, (R, C) -> uint8 (R, 8 C): column 8 c + j is nibble ``order[j]`` of word c."""
-    shifts = torch.tensor([4 * nibble for nibble in order], dtype=torch.int32)
-    return ((words.unsqueeze(-1) >> shifts) & 15).to(torch.uint8).flatten(1)
+def unpack_words(words: Tensor, order: tuple[int, ...] | None = None) -> Tensor:
+    """Nibbles of int32 words, (R, C) -> uint8 (R, 8 C): column 8 c + j is nibble ``order[j]`` (j) of word c."""
+    parts = words.contiguous().view(torch.uint8).unflatten(-1, (-1, 4))
+    nibbles = torch.stack([parts & 15, parts >> 4], dim=-1).flatten(-2)
+    return (nibbles if order is None else nibbles[..., list(order)]).flatten(1)
 
 
 def _code_dtypes(kind: Kind) -> tuple[torch.dtype, ...]:
