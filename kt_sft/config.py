@@ -86,7 +86,7 @@ class KtConfig:
         num_threads: threads of the kernels; None: the physical cores this process may use.
         cache_dir: folder of packed experts, or "none" to keep none on disk; None: $KT_SFT_CACHE or ~/.cache/kt_sft.
         weight_path: folder with experts packed beforehand, used instead of the cache.
-        expert_checkpoint_path: folder with the safetensors or GGUF of the experts, or a GGUF file, if not the model's own.
+        expert_checkpoint_path: safetensors or GGUF folder, or GGUF file, of the experts, if not the model's own.
         non_expert_weight_path: folder with the weights of everything but the experts, if not the model's own.
     """
 

@@ -6,7 +6,7 @@ import sys
 
 import typer
 
-from . import llamafactory, planned, version
+from . import llamafactory, planned, verify, version
 from .errors import CommandError
 
 app = typer.Typer(
@@ -18,6 +18,7 @@ app = typer.Typer(
 )
 version.register(app)
 llamafactory.register(app)
+verify.register(app)
 planned.register(app)
 
 

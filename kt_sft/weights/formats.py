@@ -41,6 +41,10 @@ class Format(Protocol):
         """The suffixes of the tensors that hold it."""
 
     @staticmethod
+    def shape(stored: Stored) -> tuple[int, ...]:
+        """(N, K) as its tensors have it, unchecked."""
+
+    @staticmethod
     def require(stored: Stored, shape: tuple[int, int]) -> None:
         """Raise ValueError unless all of them are there with the dtypes and shapes of a matrix (N, K)."""
 
@@ -50,7 +54,7 @@ class Format(Protocol):
 
 
 FORMATS: tuple[type[Format], ...] = (Gguf, Float, Fp8, Mxfp4, CompressedInt4, Gptq, Awq)
-_MAIN = ("weight", "weight_packed", "qweight", "blocks")  # a tensor that every format has
+MAIN = ("weight", "weight_packed", "qweight", "blocks")  # a tensor that every format has
 _BIAS_DTYPES = ("BF16", "F16", "F32")
 
 
@@ -81,7 +85,7 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
 
 def is_stored(name: str, available: Container[str]) -> bool:
     """Whether the matrix ``name`` is among the tensor names, in whatever format."""
-    return any(partner(name, suffix) in available for suffix in _MAIN)
+    return any(partner(name, suffix) in available for suffix in MAIN)
 
 
 def format_of(stored: Stored) -> type[Format]:

@@ -39,6 +39,10 @@ class Float:
         return ["weight"]
 
     @staticmethod
+    def shape(stored: Stored) -> tuple[int, ...]:
+        return stored.shape("weight")
+
+    @staticmethod
     def require(stored: Stored, shape: tuple[int, int]) -> None:
         stored.require("weight", _FLOATS, shape)
 
@@ -59,6 +63,10 @@ class Fp8:
     @staticmethod
     def tensors(stored: Stored) -> list[str]:
         return ["weight", _scale_of(stored)]
+
+    @staticmethod
+    def shape(stored: Stored) -> tuple[int, ...]:
+        return stored.shape("weight")
 
     @staticmethod
     def require(stored: Stored, shape: tuple[int, int]) -> None:

@@ -37,6 +37,10 @@ class Gguf:
         return ["weight"]
 
     @staticmethod
+    def shape(stored: Stored) -> tuple[int, ...]:
+        return stored.shape("weight")
+
+    @staticmethod
     def require(stored: Stored, shape: tuple[int, int]) -> None:
         stored.require("weight", TYPES, shape)
 

@@ -42,6 +42,11 @@ class CompressedInt4:
         return ["weight_packed", "weight_scale", *(s for s in optional if stored.has(s))]
 
     @staticmethod
+    def shape(stored: Stored) -> tuple[int, ...]:
+        rows, words = stored.shape("weight_packed")
+        return rows, 8 * words
+
+    @staticmethod
     def require(stored: Stored, shape: tuple[int, int]) -> None:
         rows, columns = shape
         _require_multiple(stored, "weight_packed", "columns", columns)
@@ -82,6 +87,11 @@ class Gptq:
         return ["qweight", "qzeros", "scales", *(["g_idx"] if stored.has("g_idx") else [])]
 
     @staticmethod
+    def shape(stored: Stored) -> tuple[int, ...]:
+        words, rows = stored.shape("qweight")
+        return rows, 8 * words
+
+    @staticmethod
     def require(stored: Stored, shape: tuple[int, int]) -> None:
         rows, columns = shape
         _require_bits(stored)
@@ -113,6 +123,11 @@ class Awq:
     @staticmethod
     def tensors(stored: Stored) -> list[str]:
         return ["qweight", "qzeros", "scales"]
+
+    @staticmethod
+    def shape(stored: Stored) -> tuple[int, ...]:
+        columns, words = stored.shape("qweight")
+        return 8 * words, columns
 
     @staticmethod
     def require(stored: Stored, shape: tuple[int, int]) -> None:

@@ -38,6 +38,13 @@ class Mxfp4:
         return list(_layout(stored) or ())
 
     @staticmethod
+    def shape(stored: Stored) -> tuple[int, ...]:
+        layout = _layout(stored)
+        assert layout is not None
+        rows, columns = stored.shape(layout[0])[:2]
+        return rows, columns * (_GROUP if layout[0] == "blocks" else 2)
+
+    @staticmethod
     def require(stored: Stored, shape: tuple[int, int]) -> None:
         layout = _layout(stored)
         assert layout is not None

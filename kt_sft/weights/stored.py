@@ -32,6 +32,13 @@ def partner(name: str, suffix: str) -> str:
     return f"{name}_{rest}" if rest else name
 
 
+def matrix_of(tensor: str, suffix: str) -> str | None:
+    """The matrix whose ``suffix`` this tensor is, by its name; None if it is none: the inverse of ``partner``."""
+    if tensor.endswith(f".{suffix}"):
+        return tensor.removesuffix(suffix) + "weight"
+    return tensor.removesuffix(f"_{suffix}") if tensor.endswith(f"_{suffix}") else None
+
+
 @dataclass(frozen=True)
 class Stored:
     """The matrix ``name``, or matrix ``index`` of the stack ``name``."""
