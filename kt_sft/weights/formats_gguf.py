@@ -1,4 +1,4 @@
-"""GGUF blocks -> QuantizedWeight: the simple types in their canonical order, the k-quants as they are.
+"""GGUF blocks -> QuantizedWeight: the simple types in their canonical order, the others as they are.
 
 Blocks of 32 weights (ggml-common.h of llama.cpp); the low nibbles hold weights 0 to 15, the high ones 16 to 31:
 
@@ -14,13 +14,13 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from . import gguf_blocks
+from .gguf_blocks import BLOCKS
 from .quantized import QuantizedWeight, pack_nibbles
 from .stored import Stored
 
 _FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-_SUPER: dict[str, str] = {"Q4_K": "q4_k", "Q5_K": "q5_k", "Q6_K": "q6_k"}
-TYPES = (*_FLOATS, "Q4_0", "Q8_0", *_SUPER, "IQ4_NL", "MXFP4")
+_RAW = {kind.upper(): kind for kind in BLOCKS}
+TYPES = (*_FLOATS, "Q4_0", "Q8_0", "IQ4_NL", "MXFP4", *_RAW)
 
 
 class Gguf:
@@ -49,17 +49,17 @@ class Gguf:
         dtype, raw = stored.dtype("weight"), stored.read_bytes("weight")
         if dtype in _FLOATS:
             return QuantizedWeight(kind="float", shape=shape, codes=raw.view(_FLOATS[dtype]).view(shape))
-        if dtype in _SUPER:
-            return _super_block(stored, raw, _SUPER[dtype], shape)
+        if dtype in _RAW:
+            return _raw(stored, raw, _RAW[dtype], shape)
         weight = _SIMPLE[dtype](raw.view(shape[0], shape[1] // 32, -1), shape)
         stored.require_scales("weight", weight, positive=False)
         return weight
 
 
-def _super_block(stored: Stored, raw: Tensor, kind: str, shape: tuple[int, int]) -> QuantizedWeight:
+def _raw(stored: Stored, raw: Tensor, kind: str, shape: tuple[int, int]) -> QuantizedWeight:
     codes = raw.view(shape[0], -1)
-    stored.require_finite("weight", gguf_blocks.super_scales(kind, codes), "scales")
-    return QuantizedWeight(kind=kind, shape=shape, codes=codes)  # type: ignore[arg-type]
+    stored.require_finite("weight", BLOCKS[kind].factors(codes), "scales")
+    return QuantizedWeight(kind=kind, shape=shape, codes=codes)
 
 
 def _nibbles(bytes_NGb: Tensor) -> Tensor:

@@ -1,52 +1,48 @@
-"""The k-quants of GGUF: blocks of 256 weights with scales of their own.
+"""Blocks of GGUF that stay as they are: several scales, or a scale and a minimum, in a block.
 
-    q4_k   144 bytes: d fp16 | dmin fp16 | 8 x (scale, min) of 6 bits in 12 bytes | 128 bytes of nibbles
-    q5_k   176 bytes: d | dmin | 12 bytes as above | 32 bytes of fifth bits | 128 bytes of nibbles
-           w = (d * scale) * q - (dmin * min), per 32 weights
-    q6_k   210 bytes: 128 bytes of nibbles | 64 bytes of upper bit pairs | 16 int8 scales | d fp16
-           w = (d * scale) * (q - 32), per 16 weights
+| kind | weights, bytes | layout | weight |
+|---|---|---|---|
+| q4_1 | 32, 20 | d, m, 16 nibble pairs | d * q + m |
+| q5_0 | 32, 22 | d, 32 fifth bits, 16 nibble pairs | d * (q - 16) |
+| q5_1 | 32, 24 | d, m, 32 fifth bits, 16 nibble pairs | d * q + m |
+| q2_k | 256, 84 | 16 x (s, min) of 4 bits, 64 bytes of 2-bit codes, d, dmin | (d * s) * q - (dmin * min) per 16 |
+| q3_k | 256, 110 | 256 third bits, 64 bytes of 2-bit codes, 16 x s of 6 bits, d | (d * (s - 32)) * (q - 4) per 16 |
+| q4_k | 256, 144 | d, dmin, 8 x (s, min) of 6 bits, 128 nibble pairs | (d * s) * q - (dmin * min) per 32 |
+| q5_k | 256, 176 | d, dmin, 8 x (s, min) of 6 bits, 256 fifth bits, 128 nibble pairs | the same |
+| q6_k | 256, 210 | 128 nibble pairs, 64 bytes of upper bit pairs, 16 x int8 s, d | (d * s) * (q - 32) per 16 |
+| iq4_xs | 256, 136 | d, 8 x s of 6 bits in 2 + 4 bytes, 128 nibble pairs | (d * (s - 32)) * level[q] per 32 |
 
-All arithmetic is fp32 in this order of operations, so that the results are those of llama.cpp's dequantize_row_* bit
-for bit. Source of the layouts: block_q4_K, block_q5_K and block_q6_K in ggml-common.h of llama.cpp.
+d, m and dmin are fp16. All arithmetic is fp32 in this order of operations, so that the results are those of llama.cpp's
+dequantize_row_* bit for bit. Source of the layouts: the structs block_* in ggml-common.h of llama.cpp.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
-SIZE = 256
-NBYTES = {"q4_k": 144, "q5_k": 176, "q6_k": 210}
+IQ4_LEVELS = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
 
 
-def q4_k(raw: Tensor) -> Tensor:
-    """uint8 (N, K / 256 * 144) -> fp32 (N, K)."""
-    blocks = raw.reshape(-1, NBYTES["q4_k"])
-    return _affine(blocks, _nibbles(blocks[:, 16:], 32)).view(len(raw), -1)
+@dataclass(frozen=True)
+class Block:
+    """``decode`` takes blocks (n, nbytes) and gives n * size elements in fp32; the fp16 factors are at ``halves``."""
 
+    size: int
+    nbytes: int
+    halves: slice
+    decode: Callable[[Tensor], Tensor]
 
-def q5_k(raw: Tensor) -> Tensor:
-    """uint8 (N, K / 256 * 176) -> fp32 (N, K)."""
-    blocks = raw.reshape(-1, NBYTES["q5_k"])
-    fifth = (blocks[:, None, 16:48] >> torch.arange(8, dtype=torch.uint8).view(1, 8, 1)) & 1
-    return _affine(blocks, _nibbles(blocks[:, 48:], 32) | (fifth << 4)).view(len(raw), -1)
+    def factors(self, raw: Tensor) -> Tensor:
+        """The fp16 factors of every block, as fp32."""
+        return half(raw.reshape(-1, self.nbytes)[:, self.halves])
 
-
-def q6_k(raw: Tensor) -> Tensor:
-    """uint8 (N, K / 256 * 210) -> fp32 (N, K)."""
-    blocks = raw.reshape(-1, NBYTES["q6_k"])
-    low = _nibbles(blocks[:, :128], 64).view(-1, 16, 16)
-    pairs = blocks[:, 128:192].reshape(-1, 2, 1, 32)
-    high = (pairs >> torch.tensor([0, 2, 4, 6], dtype=torch.uint8).view(1, 1, 4, 1)) & 3
-    codes = (low | (high.reshape(-1, 16, 16) << 4)).float() - 32
-    scales = half(blocks[:, 208:210]) * blocks[:, 192:208].contiguous().view(torch.int8).float()
-    return (scales.unsqueeze(-1) * codes).view(len(raw), -1)
-
-
-def super_scales(kind: str, raw: Tensor) -> Tensor:
-    """The fp16 factors of every block, as fp32 (blocks, 1 or 2)."""
-    blocks = raw.reshape(-1, NBYTES[kind])
-    return half(blocks[:, 208:210]) if kind == "q6_k" else half(blocks[:, 0:4])
+    def dequantize(self, raw: Tensor) -> Tensor:
+        """uint8 (N, K / size * nbytes) -> fp32 (N, K)."""
+        return self.decode(raw.reshape(-1, self.nbytes)).view(len(raw), -1)
 
 
 def half(two_bytes: Tensor) -> Tensor:
@@ -54,13 +50,75 @@ def half(two_bytes: Tensor) -> Tensor:
     return two_bytes.contiguous().view(torch.float16).float()
 
 
-def _nibbles(packed: Tensor, run: int) -> Tensor:
-    """(n, 128) bytes -> codes (n, 8, 32): of every ``run`` bytes first all low nibbles, then all high ones."""
-    shifts = torch.tensor([0, 4], dtype=torch.uint8).view(1, 1, 2, 1)
-    return ((packed.reshape(len(packed), -1, 1, run) >> shifts) & 15).view(-1, 8, 32)
+def _shifted(packed: Tensor, run: int, bits: int) -> Tensor:
+    """(n, bytes) -> codes (n, bytes / run, 8 / bits, run): of every ``run`` bytes first the lowest bits of all."""
+    shifts = torch.arange(0, 8, bits, dtype=torch.uint8).view(1, 1, -1, 1)
+    return (packed.reshape(len(packed), -1, 1, run) >> shifts) & ((1 << bits) - 1)
+
+
+def _bits(packed: Tensor) -> Tensor:
+    """(n, bytes) -> (n, 8 bytes): the bits, lowest first, as they are stored one after the other."""
+    return ((packed.unsqueeze(-1) >> torch.arange(8, dtype=torch.uint8)) & 1).flatten(1)
+
+
+def _q4_1(blocks: Tensor) -> Tensor:
+    factors = half(blocks[:, 0:4])
+    return factors[:, 0:1] * _shifted(blocks[:, 4:], 16, 4).flatten(1).float() + factors[:, 1:2]
+
+
+def _q5_0(blocks: Tensor) -> Tensor:
+    codes = _shifted(blocks[:, 6:], 16, 4).flatten(1) | (_bits(blocks[:, 2:6]) << 4)
+    return half(blocks[:, 0:2]) * (codes.float() - 16)
+
+
+def _q5_1(blocks: Tensor) -> Tensor:
+    factors = half(blocks[:, 0:4])
+    codes = _shifted(blocks[:, 8:], 16, 4).flatten(1) | (_bits(blocks[:, 4:8]) << 4)
+    return factors[:, 0:1] * codes.float() + factors[:, 1:2]
+
+
+def _q2_k(blocks: Tensor) -> Tensor:
+    factors = half(blocks[:, 80:84])
+    scale = factors[:, 0:1] * (blocks[:, :16] & 15).float()
+    minimum = factors[:, 1:2] * (blocks[:, :16] >> 4).float()
+    codes = _shifted(blocks[:, 16:80], 32, 2).reshape(-1, 16, 16).float()
+    return scale.unsqueeze(-1) * codes - minimum.unsqueeze(-1)
+
+
+def _q3_k(blocks: Tensor) -> Tensor:
+    packed = blocks[:, 96:108]
+    low, high = _shifted(packed[:, :8], 8, 4).flatten(1), _shifted(packed[:, 8:], 4, 2).flatten(1)
+    scale = half(blocks[:, 108:110]) * ((low | (high << 4)).float() - 32)
+    codes = _shifted(blocks[:, 32:96], 32, 2).reshape(-1, 16, 16)
+    third = _shifted(blocks[:, :32], 32, 1).reshape(-1, 16, 16)
+    return scale.unsqueeze(-1) * ((codes | (third << 2)).float() - 4)
+
+
+def _q4_k(blocks: Tensor) -> Tensor:
+    return _affine(blocks, _shifted(blocks[:, 16:], 32, 4).reshape(-1, 8, 32))
+
+
+def _q5_k(blocks: Tensor) -> Tensor:
+    fifth = _shifted(blocks[:, 16:48], 32, 1).reshape(-1, 8, 32)
+    return _affine(blocks, _shifted(blocks[:, 48:], 32, 4).reshape(-1, 8, 32) | (fifth << 4))
+
+
+def _q6_k(blocks: Tensor) -> Tensor:
+    low = _shifted(blocks[:, :128], 64, 4).reshape(-1, 16, 16)
+    high = _shifted(blocks[:, 128:192], 32, 2).reshape(-1, 16, 16)
+    scale = half(blocks[:, 208:210]) * blocks[:, 192:208].contiguous().view(torch.int8).float()
+    return scale.unsqueeze(-1) * ((low | (high << 4)).float() - 32)
+
+
+def _iq4_xs(blocks: Tensor) -> Tensor:
+    low, high = _shifted(blocks[:, 4:8], 1, 4).flatten(1), _shifted(blocks[:, 2:4], 1, 2).flatten(1)
+    scale = half(blocks[:, 0:2]) * ((low | (high << 4)).float() - 32)
+    levels = torch.tensor(IQ4_LEVELS, dtype=torch.float32)
+    return scale.unsqueeze(-1) * levels[_shifted(blocks[:, 8:], 16, 4).reshape(-1, 8, 32).int()]
 
 
 def _affine(blocks: Tensor, codes: Tensor) -> Tensor:
+    """q4_k and q5_k, from codes (n, 8, 32)."""
     factors = half(blocks[:, 0:4])
     scale, minimum = _six_bit_pairs(blocks[:, 4:16])
     d = (factors[:, 0:1] * scale.float()).unsqueeze(-1)
@@ -74,3 +132,16 @@ def _six_bit_pairs(packed: Tensor) -> tuple[Tensor, Tensor]:
     scale = torch.cat([first & 63, (third & 15) | ((first >> 6) << 4)], dim=1)
     minimum = torch.cat([second & 63, (third >> 4) | ((second >> 6) << 4)], dim=1)
     return scale, minimum
+
+
+BLOCKS = {
+    "q4_1": Block(32, 20, slice(0, 4), _q4_1),
+    "q5_0": Block(32, 22, slice(0, 2), _q5_0),
+    "q5_1": Block(32, 24, slice(0, 4), _q5_1),
+    "q2_k": Block(256, 84, slice(80, 84), _q2_k),
+    "q3_k": Block(256, 110, slice(108, 110), _q3_k),
+    "q4_k": Block(256, 144, slice(0, 4), _q4_k),
+    "q5_k": Block(256, 176, slice(0, 4), _q5_k),
+    "q6_k": Block(256, 210, slice(208, 210), _q6_k),
+    "iq4_xs": Block(256, 136, slice(0, 2), _iq4_xs),
+}

@@ -3,7 +3,7 @@
     w[n, k] = value(code[n, k], zero) * scale[n // block rows, k // block columns]
 
 Codes of a kind have one canonical order, whatever the file's: row-major over (N, K), two 4-bit codes per byte with the
-even column in the low nibble. The k-quants of GGUF stay raw blocks of 256 columns. Shape suffixes: N rows (outputs),
+even column in the low nibble. GGUF blocks with more than a scale in them stay raw. Shape suffixes: N rows (outputs),
 K columns (inputs), G scales per row.
 
 | kind | codes | value |
@@ -14,29 +14,25 @@ K columns (inputs), G scales per row.
 | int4 | uint8 (N, K / 2) | code - zero; zero is 8 where ``zeros`` is None |
 | e2m1 | uint8 (N, K / 2) | 0 0.5 1 1.5 2 3 4 6, then the same negative (OCP Microscaling 1.0, section 5.3.3) |
 | iq4_nl | uint8 (N, K / 2) | llama.cpp's 16 levels (kvalues_iq4nl in ggml-common.h) |
-| q4_k, q5_k, q6_k | uint8 (N, K / 256 * 144, 176, 210) | gguf_blocks.py; the scales are in the blocks |
+| q4_k, q6_k ... | uint8 (N, K / weights per block * bytes per block) | gguf_blocks.py; the scales are in the blocks |
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from . import gguf_blocks
+from .gguf_blocks import BLOCKS, IQ4_LEVELS
 
-Kind = Literal["float", "fp8_e4m3", "int8", "int4", "e2m1", "iq4_nl", "q4_k", "q5_k", "q6_k"]
-
+KINDS = ("float", "fp8_e4m3", "int8", "int4", "e2m1", "iq4_nl", *BLOCKS)
 _E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
-_IQ4_NL = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
-_LEVELS = {"int4": tuple(range(16)), "e2m1": _E2M1, "iq4_nl": _IQ4_NL}
+_LEVELS = {"int4": tuple(range(16)), "e2m1": _E2M1, "iq4_nl": IQ4_LEVELS}
 _SYMMETRIC = tuple(range(-8, 8))  # int4 around its usual zero, 8
 _FP8_LEVELS = torch.arange(256).to(torch.uint8).view(torch.float8_e4m3fn).float().numpy()
-_RAW = {"q4_k": gguf_blocks.q4_k, "q5_k": gguf_blocks.q5_k, "q6_k": gguf_blocks.q6_k}
 _SCALE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.uint8)
 _CHUNK = 1 << 18  # elements, 1 MiB in fp32
 PEAK = {"fp8_e4m3": 448, "int8": 128, "int4": 15, "e2m1": 6, "iq4_nl": 127}  # the largest |value| before its scale
@@ -54,7 +50,7 @@ class QuantizedWeight:
         column_groups: int64 (K,), the scale of every column where it is not k // block columns: GPTQ's act-order.
     """
 
-    kind: Kind
+    kind: str
     shape: tuple[int, int]
     codes: Tensor
     scales: Tensor | None = None
@@ -63,8 +59,10 @@ class QuantizedWeight:
     column_groups: Tensor | None = None
 
     def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise ValueError(f"kind: expected one of {', '.join(KINDS)}; got {self.kind!r}")
         _expect("codes", self.codes, _code_dtypes(self.kind), _code_shape(self.kind, self.shape))
-        if (self.scales is None) != (self.kind == "float" or self.kind in _RAW):
+        if (self.scales is None) != (self.kind == "float" or self.kind in BLOCKS):
             raise ValueError(f"scales: {self.kind} expected {'none' if self.scales is not None else 'scales'}")
         if self.scales is not None:
             grid = (-(-self.shape[0] // self.block[0]), -(-self.shape[1] // self.block[1]))
@@ -85,7 +83,7 @@ class QuantizedWeight:
     def dequantize(self, dtype: torch.dtype = torch.float32, out: Tensor | None = None) -> Tensor:
         """The matrix (N, K): the product of value and scale in fp32, rounded once to ``dtype`` (or to that of ``out``).
 
-        The fp32 product is exact for every kind but the k-quants and scales in fp32.
+        The fp32 product is exact for every kind but GGUF's raw blocks and scales in fp32.
         """
         out_NK = torch.empty(self.shape, dtype=dtype) if out is None else out
         if self.kind == "float":
@@ -100,8 +98,8 @@ class QuantizedWeight:
 
     def _decode(self) -> Tensor:
         """All rows at once, fp32."""
-        if self.kind in _RAW:
-            return _RAW[self.kind](self.codes)
+        if self.kind in BLOCKS:
+            return BLOCKS[self.kind].dequantize(self.codes)
         values_NK = _values(self)
         if self.zeros is not None:
             values_NK = self._with_grid(torch.Tensor.sub_, values_NK, self.zeros.float())
@@ -174,7 +172,7 @@ def unpack_words(words: Tensor, order: tuple[int, ...] | None = None) -> Tensor:
     return (nibbles if order is None else nibbles[..., list(order)]).flatten(1)
 
 
-def _code_dtypes(kind: Kind) -> tuple[torch.dtype, ...]:
+def _code_dtypes(kind: str) -> tuple[torch.dtype, ...]:
     special: dict[str, tuple[torch.dtype, ...]] = {
         "float": (torch.float32, torch.bfloat16, torch.float16),
         "int8": (torch.int8,),
@@ -182,10 +180,10 @@ def _code_dtypes(kind: Kind) -> tuple[torch.dtype, ...]:
     return special.get(kind, (torch.uint8,))
 
 
-def _code_shape(kind: Kind, shape: tuple[int, int]) -> tuple[int, int]:
+def _code_shape(kind: str, shape: tuple[int, int]) -> tuple[int, int]:
     rows, columns = shape
-    if kind in _RAW:
-        size, nbytes = gguf_blocks.SIZE, gguf_blocks.NBYTES[kind]
+    if kind in BLOCKS:
+        size, nbytes = BLOCKS[kind].size, BLOCKS[kind].nbytes
     else:
         size, nbytes = (2, 1) if kind in _LEVELS else (1, 1)
     if columns % size:

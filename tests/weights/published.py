@@ -246,6 +246,13 @@ def awq(weights: Weights, group: int = 128) -> Published:
     return _published(weights, make, config)
 
 
+# Where the fp16 factors of a block are, and how large they may be for weights of about 0.02.
+_RANDOM_BLOCKS = {
+    **{"IQ4_NL": ((0,), 5e-4), "IQ4_XS": ((0,), 2e-5), "Q2_K": ((80, 82), 1e-3), "Q3_K": ((108,), 5e-4)},
+    **{"Q4_K": ((0, 2), 1e-4), "Q5_K": ((0, 2), 5e-5), "Q6_K": ((208,), 2e-5)},
+}
+
+
 def gguf_blocks(stack: Tensor, kind: str, seed: int = 0) -> np.ndarray:
     """Raw blocks, (..., bytes per row): quantised where the gguf package can, else random codes with sane scales."""
     qtype = gguf.GGMLQuantizationType[kind]
@@ -256,7 +263,7 @@ def gguf_blocks(stack: Tensor, kind: str, seed: int = 0) -> np.ndarray:
         pass
     rng = np.random.default_rng(seed)
     blocks = rng.integers(0, 256, (*stack.shape[:-1], stack.shape[-1] // size, nbytes), dtype=np.uint8)
-    where, peak = {"Q4_K": ((0, 2), 1e-4), "Q5_K": ((0, 2), 5e-5), "Q6_K": ((208,), 2e-5), "IQ4_NL": ((0,), 5e-4)}[kind]
+    where, peak = _RANDOM_BLOCKS[kind]
     for start in where:
         d = rng.uniform(-peak, peak, blocks.shape[:-1]).astype(np.float16)
         blocks[..., start : start + 2] = d[..., None].view(np.uint8)
@@ -303,4 +310,7 @@ SAFETENSORS: dict[str, Callable[[Weights], Published]] = {
     "gptq_act_order": lambda w: gptq(w, act_order=True),
     "awq": awq,
 }
-GGUF_KINDS = ("Q4_0", "Q8_0", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "MXFP4", "BF16", "F16", "F32")
+GGUF_KINDS = (
+    *("F32", "F16", "BF16", "Q4_0", "Q8_0", "IQ4_NL", "MXFP4"),
+    *("Q4_1", "Q5_0", "Q5_1", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_XS"),
+)

@@ -346,6 +346,7 @@ def test_rows_inside_a_block_of_scales():
         ({"kind": "e2m1", "zeros": torch.zeros(4, 2, dtype=torch.uint8)}, "zeros: expected none for e2m1"),
         ({"column_groups": torch.zeros(3, dtype=torch.int64)}, "column_groups: expected"),
         ({"kind": "q4_k"}, "expected a multiple of 256 columns"),
+        ({"kind": "q9"}, "kind: expected one of float, .*; got 'q9'"),
     ],
 )
 def test_a_weight_checks_its_parts(change, message):
