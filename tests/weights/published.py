@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,9 +18,11 @@ from typing import Any
 import gguf
 import numpy as np
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from kt_sft.weights.checkpoint import ExpertTensors
+from kt_sft.weights.checkpoint import Checkpoint, ExpertTensors
+from kt_sft.weights.formats import ExpertReader, open_checkpoint
 
 from .checkpoints import write
 
@@ -314,3 +317,38 @@ GGUF_KINDS = (
     *("F32", "F16", "BF16", "Q4_0", "Q8_0", "IQ4_NL", "MXFP4"),
     *("Q4_1", "Q5_0", "Q5_1", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_XS"),
 )
+
+
+def weights_of(folder: Path, layers: list[str], experts: int) -> Weights:
+    """The experts of an unquantised checkpoint with per-expert tensors."""
+    checkpoint = Checkpoint(folder)
+    return {
+        layer: tuple(
+            torch.stack([checkpoint.read(f"{layer}.{e}.{name}.weight") for e in range(experts)]) for name in PROJECTIONS
+        )
+        for layer in layers
+    }
+
+
+def with_experts(folder: Path, target: Path, tensors: dict[str, Tensor], **config: Any) -> Path:
+    """A copy of a model's folder with other tensors for its routed experts, and more keys in config.json."""
+    target.mkdir(parents=True)
+    for file in folder.iterdir():
+        if not file.name.endswith((".safetensors", ".index.json")):
+            shutil.copy(file, target)
+    rest = {k: v for file in folder.glob("*.safetensors") for k, v in load_file(file).items() if ".experts." not in k}
+    save_file({**rest, **tensors}, target / "model.safetensors", metadata={"format": "pt"})
+    settings = json.loads((folder / "config.json").read_text())
+    (target / "config.json").write_text(json.dumps({**settings, **config}))
+    return target
+
+
+def dequantised(path: Path, layers: dict[str, ExpertTensors], sizes: tuple[int, int, int]) -> dict[str, Tensor]:
+    """Per-expert BF16 tensors of a quantised checkpoint; ``sizes`` are experts, hidden and intermediate."""
+    tensors = {}
+    for layer, layout in layers.items():
+        reader = ExpertReader(open_checkpoint(path), layout, *sizes)
+        for e in range(sizes[0]):
+            named = zip(PROJECTIONS, reader.read(e).dequantize(torch.bfloat16), strict=True)
+            tensors |= {f"{layer}.{e}.{name}.weight": matrix for name, matrix in named}
+    return tensors
