@@ -158,7 +158,9 @@ def test_mutated_files_are_refused_or_read(tmp_path, kind):
     refused = 0
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     for _ in range(3000):
-        path.write_bytes(mutated(original, rng, length))
+        with open(path, "r+b") as f:  # in place: some file systems sync a file that is opened to be replaced
+            f.write(mutated(original, rng, length))
+            f.truncate()
         try:
             checkpoint = open_checkpoint(tmp_path)
             for name in checkpoint.names():
