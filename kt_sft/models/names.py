@@ -60,7 +60,7 @@ def locate(path: str, experts: KtExperts, base_prefix: str, available: Collectio
                 return ExpertTensors(gate=gate, up=up, down=down)
         for suffix in ("", ".weight"):
             if is_stored(f"{base}.gate_up_proj{suffix}", available):
-                return ExpertTensors(gate_up=f"{base}.gate_up_proj{suffix}", down=f"{base}.down_proj{suffix}")
+                return _fused(f"{base}.gate_up_proj{suffix}", f"{base}.down_proj{suffix}", available)
     for number in re.findall(r"\blayers\.(\d+)\.", path):
         gate, up, down = (f"blk.{number}.ffn_{name}_exps.weight" for name in ("gate", "up", "down"))
         if gate in available:
@@ -69,6 +69,15 @@ def locate(path: str, experts: KtExperts, base_prefix: str, available: Collectio
     raise ValueError(
         f"experts of {path}: expected tensors such as {hub}.0.{experts.names.gate}.weight, got "
         f"{near or 'no expert tensors of this layer'}; check that the checkpoint is complete and of this model"
+    )
+
+
+def _fused(gate_up: str, down: str, available: Collection[str]) -> ExpertTensors:
+    """gpt-oss, whose stacks end in ``_blocks``, has gate and up in alternating rows; biases are optional."""
+    gate_up_bias, down_bias = (f"{name}_bias" if f"{name}_bias" in available else None for name in (gate_up, down))
+    interleaved = f"{gate_up}_blocks" in available
+    return ExpertTensors(
+        gate_up=gate_up, down=down, interleaved=interleaved, gate_up_bias=gate_up_bias, down_bias=down_bias
     )
 
 

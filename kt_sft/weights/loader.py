@@ -67,8 +67,10 @@ def load_experts(
     checkpoint = open_checkpoint(config.expert_checkpoint_path or model_dir)
     sizes = (num_experts, hidden_size, intermediate_size)
     readers = {name: ExpertReader(checkpoint, tensors, *sizes) for name, tensors in layers.items()}
-    for reader in readers.values():
+    for layer, reader in readers.items():
         reader.require()
+        if layers[layer].gate_up_bias or layers[layer].down_bias:
+            raise ValueError(f"{checkpoint.folder}: {layer}: expected experts without biases, which packing would lose")
     content = _content(checkpoint, readers, num_experts)
     spec = CacheSpec(
         weight_format=config.weight_format,

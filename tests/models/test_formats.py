@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from kt_sft.config import KtConfig
 from kt_sft.models.convert import experts_on_cpu, from_pretrained
+from kt_sft.models.names import locate
 from kt_sft.nn.experts import KtExperts
 from tests.families import rms_ratio, save_checkpoint, tiny_model, token_ids
 from tests.weights import published
@@ -97,3 +98,9 @@ def test_the_configuration_is_whole_again_afterwards(model, tmp_path):
     with experts_on_cpu(target, KtConfig()):
         assert not hasattr(AutoConfig.from_pretrained(target), "quantization_config")
     assert AutoConfig.from_pretrained(target).quantization_config["quant_method"] == "gptq"
+
+
+def test_where_gpt_oss_keeps_its_experts():
+    made = published.mxfp4_gpt_oss({LAYER: tuple(torch.randn(2, 64, 64) for _ in range(3))})
+    experts = KtExperts(num_experts=2, hidden_size=64, intermediate_size=64, dtype=torch.bfloat16)
+    assert locate(LAYER, experts, "model", set(made.tensors)) == made.layers[LAYER]
