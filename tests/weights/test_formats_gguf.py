@@ -100,7 +100,7 @@ MALFORMED = [
 ]
 
 
-@pytest.mark.parametrize(("data", "message"), MALFORMED)
+@pytest.mark.parametrize(("data", "message"), MALFORMED, ids=range(len(MALFORMED)))
 def test_a_malformed_header(tmp_path, data, message):
     path = tmp_path / "bad.gguf"
     path.write_bytes(data)
