@@ -86,7 +86,7 @@ class KtConfig:
         num_threads: threads of the kernels; None: the physical cores this process may use.
         cache_dir: folder of packed experts, or "none" to keep none on disk; None: $KT_SFT_CACHE or ~/.cache/kt_sft.
         weight_path: folder with experts packed beforehand, used instead of the cache.
-        expert_checkpoint_path: folder with the safetensors of the experts, if not the model's own.
+        expert_checkpoint_path: safetensors or GGUF folder, or GGUF file, of the experts, if not the model's own.
         non_expert_weight_path: folder with the weights of everything but the experts, if not the model's own.
     """
 
@@ -273,7 +273,7 @@ def _weight_format(where: str, raw: Any) -> str | None:
         return None
     if text.removeprefix("amx") in _FORMATS_TO_COME:
         raise ValueError(
-            f"{where}: {raw!r} is not supported yet; use int8 (or int4, bf16) with a BF16 checkpoint of the model"
+            f"{where}: {raw!r} is not supported yet; use int8 (or int4, bf16): such a checkpoint is packed in it"
         )
     value = _BACKENDS.get(text, text)
     if value not in WEIGHT_FORMATS:

@@ -6,7 +6,7 @@ import sys
 
 import typer
 
-from . import doctor, llamafactory, plan, planned, version
+from . import doctor, llamafactory, plan, planned, verify, version
 from .errors import CommandError
 
 app = typer.Typer(
@@ -20,6 +20,7 @@ version.register(app)
 plan.register(app)
 doctor.register(app)
 llamafactory.register(app)
+verify.register(app)
 planned.register(app)
 
 

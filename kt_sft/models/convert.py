@@ -27,10 +27,11 @@ from .. import native
 from ..config import KtConfig
 from ..nn.experts import KtExperts
 from ..ops import PackedExperts
-from ..weights.checkpoint import Checkpoint
+from ..weights.formats import open_checkpoint
 from ..weights.loader import load_experts
 from . import blocks_v4
 from .names import hub_names, locate
+from .quantization import forgotten_quantised_experts
 from .spec import MoeSpec, describe_fused, describe_list, is_fused
 
 logger = logging.getLogger(__name__)
@@ -84,7 +85,8 @@ def experts_on_cpu(model_dir: StrPath, config: KtConfig, *, revision: str | None
 
     base.post_init, base.from_pretrained = post_init_with_swap, classmethod(from_pretrained_and_fill)
     try:
-        yield
+        with forgotten_quantised_experts(lambda name: _local(name, revision)):
+            yield
     finally:
         base.post_init, base.from_pretrained = post_init, load
 
@@ -149,7 +151,7 @@ def fill_experts(model: Any, model_dir: StrPath, config: KtConfig, *, revision: 
     if not layers:
         raise _no_experts(model)
     directory = _local(config.expert_checkpoint_path or model_dir, revision)
-    available = set(Checkpoint(directory).names())
+    available = set(open_checkpoint(directory).names())
     empty = {path: m for path, m in layers.items() if not m.is_loaded}
     by_size: dict[tuple[int, int, int], dict[str, KtExperts]] = {}
     for path, m in empty.items():
@@ -228,8 +230,8 @@ def _no_experts(model: Any) -> ValueError:
 
 
 def _local(model_dir: StrPath, revision: str | None) -> str:
-    """The local folder of a checkpoint; a hub id is resolved through the hub's cache."""
-    if os.path.isdir(model_dir):
+    """The local folder (or GGUF file) of a checkpoint; a hub id is resolved through the hub's cache."""
+    if os.path.exists(model_dir):
         return os.fspath(model_dir)
     from huggingface_hub import snapshot_download
 

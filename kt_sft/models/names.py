@@ -7,11 +7,13 @@ layouts a checkpoint really has.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection
 from typing import Any
 
 from ..nn.experts import KtExperts, ProjectionNames
 from ..weights.checkpoint import ExpertTensors
+from ..weights.formats import is_stored
 from .spec import TRIPLES
 
 
@@ -44,7 +46,8 @@ def locate(path: str, experts: KtExperts, base_prefix: str, available: Collectio
     """The tensors of one layer among the ``available`` checkpoint names; ValueError if there are none.
 
     Looked for, in this order: hub-style per-expert names, per-expert names under the module's own path, fused names;
-    each with and without the model's base prefix (checkpoints saved from the bare decoder lack it).
+    each with and without the model's base prefix (checkpoints saved from the bare decoder lack it); then llama.cpp's.
+    Any checkpoint format counts: the names are those of its unquantised tensors.
     """
     own = path
     hub = hub_path(path, experts)
@@ -52,16 +55,29 @@ def locate(path: str, experts: KtExperts, base_prefix: str, available: Collectio
     bases = [hub, own, *(base.removeprefix(stripped) for base in (hub, own)), f"{stripped}{hub}", f"{stripped}{own}"]
     for base in dict.fromkeys(bases):
         for names in dict.fromkeys([experts.names, *TRIPLES]):
-            if f"{base}.0.{names.gate}.weight" in available:
+            if is_stored(f"{base}.0.{names.gate}.weight", available):
                 gate, up, down = (f"{base}.{{expert}}.{name}.weight" for name in names)
                 return ExpertTensors(gate=gate, up=up, down=down)
         for suffix in ("", ".weight"):
-            if f"{base}.gate_up_proj{suffix}" in available:
-                return ExpertTensors(gate_up=f"{base}.gate_up_proj{suffix}", down=f"{base}.down_proj{suffix}")
+            if is_stored(f"{base}.gate_up_proj{suffix}", available):
+                return _fused(f"{base}.gate_up_proj{suffix}", f"{base}.down_proj{suffix}", available)
+    for number in re.findall(r"\blayers\.(\d+)\.", path):
+        gate, up, down = (f"blk.{number}.ffn_{name}_exps.weight" for name in ("gate", "up", "down"))
+        if gate in available:
+            return ExpertTensors(gate=gate, up=up, down=down)
     near = sorted(name for name in available if f".{path.rsplit('.', 3)[-3]}." in name and ".experts." in name)[:3]
     raise ValueError(
         f"experts of {path}: expected tensors such as {hub}.0.{experts.names.gate}.weight, got "
         f"{near or 'no expert tensors of this layer'}; check that the checkpoint is complete and of this model"
+    )
+
+
+def _fused(gate_up: str, down: str, available: Collection[str]) -> ExpertTensors:
+    """gpt-oss, whose stacks end in ``_blocks``, has gate and up in alternating rows; biases are optional."""
+    gate_up_bias, down_bias = (f"{name}_bias" if f"{name}_bias" in available else None for name in (gate_up, down))
+    interleaved = f"{gate_up}_blocks" in available
+    return ExpertTensors(
+        gate_up=gate_up, down=down, interleaved=interleaved, gate_up_bias=gate_up_bias, down_bias=down_bias
     )
 
 

@@ -92,6 +92,20 @@ def open_packed(path: Path, spec: CacheSpec) -> dict[str, PackedExperts]:
     return {name: PackedExperts(_storage(mapped, spec, i), *spec.sizes()) for i, name in _layers(spec)}
 
 
+def verify_packed(path: Path) -> CacheSpec:
+    """What the file holds, after a check of its checksums. Raises CacheMiss if it is damaged or of another version."""
+    try:
+        with open(path, "rb") as f:
+            index = _read_index(f.fileno())
+            spec = CacheSpec(**{**index["spec"], "layers": tuple(index["spec"]["layers"])})
+            _check(f.fileno(), index["layers"], spec)
+    except OSError as error:
+        raise CacheMiss(f"it cannot be read ({error.strerror or error})") from error
+    except (KeyError, TypeError, ValueError) as error:
+        raise CacheMiss(f"its index is malformed ({error!r})") from error
+    return spec
+
+
 def _storage(mapped: mmap.mmap, spec: CacheSpec, layer: int) -> Tensor:
     return torch.frombuffer(mapped, dtype=torch.uint8, count=spec.layer_bytes, offset=spec.offset(layer))
 

@@ -4,7 +4,7 @@
 
 Everything that a file claims is checked against what it is before a tensor is read, so that a download that stopped or
 a wrong file is named before training. Reads go through pread into fresh memory, never through a mapping: pages of the
-checkpoint do not count as memory of this process. Formats other than safetensors are refused.
+checkpoint do not count as memory of this process. Pickled files are refused; gguf.py reads GGUF.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import os
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -34,31 +35,47 @@ _TORCH = {
     **{"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64},
     **{"U8": torch.uint8, "I8": torch.int8, "I16": torch.int16, "I32": torch.int32, "I64": torch.int64},
     **{"BOOL": torch.bool, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2},
+    "F8_E8M0": torch.uint8,  # the exponents' bytes: older torch has no such type
 }
-EXPERT_DTYPES = ("BF16", "F16", "F32")
 
 
 @dataclass(frozen=True, kw_only=True)
 class ExpertTensors:
-    """Where a layer's experts are: ``gate``, ``up``, ``down`` with ``{expert}`` in their names, or fused ``gate_up``
-    (E, 2F, D; gate first) and ``down`` (E, D, F)."""
+    """Where a layer's experts are: ``gate``, ``up``, ``down``, or fused ``gate_up`` (E, 2F, D) and ``down`` (E, D, F).
+
+    Names with ``{expert}`` are one tensor per expert, names without it stacks of all experts. In a fused tensor gate
+    comes first, or its rows alternate with up's (``interleaved``). The names are those of an unquantised checkpoint
+    (``...weight``, or ``...gate_up_proj``); formats.py finds what stands in their place. ``gate_up_bias`` (E, 2F), in
+    the order of ``gate_up``, and ``down_bias`` (E, D) are optional.
+    """
 
     gate: str | None = None
     up: str | None = None
     gate_up: str | None = None
     down: str
+    interleaved: bool = False
+    gate_up_bias: str | None = None
+    down_bias: str | None = None
 
     def __post_init__(self) -> None:
         separate = self.gate is not None and self.up is not None and self.gate_up is None
         fused = self.gate_up is not None and self.gate is None and self.up is None
         if not (separate or fused):
             raise ValueError(f"ExpertTensors: expected gate, up and down, or gate_up and down; got {self}")
-        if separate and not all("{expert}" in name for name in self.names()):
-            raise ValueError(f"ExpertTensors: expected '{{expert}}' in every name, got {', '.join(self.names())}")
+        if len({"{expert}" in name for name in self.names()}) > 1:
+            raise ValueError(
+                f"ExpertTensors: expected '{{expert}}' in every name or in none, got {', '.join(self.names())}"
+            )
+        if (self.interleaved or self.gate_up_bias) and not fused:
+            raise ValueError(f"ExpertTensors: expected interleaved and gate_up_bias with gate_up only; got {self}")
 
     @property
     def fused(self) -> bool:
         return self.gate_up is not None
+
+    @property
+    def stacked(self) -> bool:
+        return "{expert}" not in self.down
 
     def names(self) -> list[str]:
         return [name for name in (self.gate, self.up, self.gate_up, self.down) if name is not None]
@@ -98,7 +115,7 @@ def read_header(file: Path) -> tuple[dict[str, TensorEntry], bytes]:
     except OSError as error:
         raise ValueError(f"{file}: cannot be read: {error.strerror or error}") from error
     try:
-        table = json.loads(header)
+        table = json.loads(header, object_pairs_hook=_unique)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{file}: expected a safetensors header in JSON, got {header[:40]!r} ({error})") from None
     if not isinstance(table, dict):
@@ -118,6 +135,14 @@ def read_header(file: Path) -> tuple[dict[str, TensorEntry], bytes]:
 
 
 _CUT_OFF = "; the file is cut off, download it again"
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    table = dict(pairs)
+    if len(table) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"{next(n for n in names if names.count(n) > 1)!r} is there twice")
+    return table
 
 
 def _entry(file: Path, name: str, row: Any, data: int) -> TensorEntry:
@@ -210,16 +235,34 @@ class Checkpoint:
         bytes_entry = replace(entry, dtype="U8")
         return _read(name, bytes_entry, entry.start + (entry.nbytes - count) // 2, count, (count,)).numpy().tobytes()
 
-    def require(self, name: str, shape: tuple[int, ...]) -> None:
-        """Raise ValueError unless the tensor exists, in this shape and in a dtype that experts may have."""
+    def read_bytes(self, name: str, index: int | None = None) -> Tensor:
+        """The bytes of a tensor, or of ``tensor[index]``, as they are in the file: uint8, one dimension."""
         entry = self.entry(name)
-        if entry.dtype not in EXPERT_DTYPES:
-            raise ValueError(
-                f"{entry.file}: tensor {name!r}: expected {', '.join(EXPERT_DTYPES)}, got {entry.dtype}; "
-                "quantised checkpoints are not supported yet, use the BF16 one"
-            )
-        if entry.shape != shape:
-            raise ValueError(f"{entry.file}: tensor {name!r}: expected shape {list(shape)}, got {list(entry.shape)}")
+        count = 1 if index is None else entry.shape[0]
+        nbytes = entry.nbytes // count
+        return _read(name, replace(entry, dtype="U8"), entry.start + (index or 0) * nbytes, nbytes, (nbytes,))
+
+    @cached_property
+    def quantization_config(self) -> dict[str, Any]:
+        """What config.json says about the quantisation; empty if nothing.
+
+        Raises ValueError if config.json is not a JSON object.
+        """
+        path = self.folder / "config.json"
+        if not path.is_file():
+            return {}
+        try:
+            config = json.loads(path.read_bytes())
+        except (OSError, ValueError, RecursionError) as error:
+            raise ValueError(f"{path}: expected a JSON object, got {error}") from None
+        if not isinstance(config, dict):
+            raise ValueError(f"{path}: expected a JSON object, got {type(config).__name__}")
+        text = config.get("text_config")
+        for owner in (config, text if isinstance(text, dict) else {}):
+            found = owner.get("quantization_config") or owner.get("compression_config")
+            if isinstance(found, dict):
+                return found
+        return {}
 
 
 def _read(name: str, entry: TensorEntry, start: int, nbytes: int, shape: tuple[int, ...]) -> Tensor:
@@ -278,5 +321,5 @@ def _unindexed(folder: Path) -> list[Path]:
     what = f"only {other[0]}" if other else "no weights"
     raise ValueError(
         f"checkpoint {folder}: expected *.safetensors, found {what}; "
-        "pickled files can run code when they are opened: convert them to safetensors first"
+        "pickled files can run code when they are opened and never are: convert them to safetensors first"
     )

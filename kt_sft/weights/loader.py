@@ -1,8 +1,11 @@
-"""Experts of a checkpoint, packed: from the cache file if it fits, else built from the safetensors shards.
+"""Experts of a checkpoint, packed: from the cache file if it fits, else built from the shards, whatever their format.
 
-Tensors are read in the order of the files, one expert at a time and two ahead, packed in a buffer for one expert and
+Tensors are read in the order of the files, one expert at a time and some ahead, packed in a buffer for one expert and
 written to the cache file, which is mapped at the end. Memory beyond the mapped file is thus a few experts' tensors;
-with ``cache_dir: none`` it is the packed experts themselves and these few tensors.
+with ``cache_dir: none`` it is the packed experts themselves and these few tensors. Quantised experts are dequantised
+one by one and packed in the format asked for; a log line per layer says what that kept of the signal, by its expert 0:
+
+    SQNR = 10 log10(sum w^2 / sum (w - packed w)^2) dB
 
 A cache file belongs to the checkpoint that it came from: the shards' names, sizes and times, config.json, and the
 expert tensors' names, shapes, dtypes and samples of their bytes. With ``weight_path`` the times do not count, so that a
@@ -14,10 +17,12 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 import os
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import cycle
 from pathlib import Path
 
 import torch
@@ -29,13 +34,17 @@ from ..ops.packed import PackedExperts
 from ..ops.quantize import resolve_group_size
 from .cache import CacheMiss, CacheSpec, PackedWriter, build_lock, open_packed
 from .checkpoint import Checkpoint, ExpertTensors
+from .formats import ExpertReader, open_checkpoint
+from .quantized import QuantizedWeight
 
 logger = logging.getLogger(__name__)
 
 SUFFIX = ".ktpack"
-_READ_AHEAD = 2  # experts
+_READERS = max(1, min(4, len(os.sched_getaffinity(0)) // 4))  # threads; each holds one expert
+_READ_AHEAD = _READERS + 1  # experts
 
 Matrices = tuple[Tensor, Tensor, Tensor]
+Readers = dict[str, ExpertReader]
 Put = Callable[[str, int, Matrices], None]
 
 
@@ -55,10 +64,14 @@ def load_experts(
         ValueError: a file or tensor of the checkpoint is missing, malformed, of a wrong shape or dtype, or not finite.
         OSError: the cache file cannot be written.
     """
-    checkpoint = Checkpoint(config.expert_checkpoint_path or model_dir)
-    for tensors in layers.values():
-        _require(checkpoint, tensors, num_experts, hidden_size, intermediate_size)
-    content = _content(checkpoint, layers, num_experts)
+    checkpoint = open_checkpoint(config.expert_checkpoint_path or model_dir)
+    sizes = (num_experts, hidden_size, intermediate_size)
+    readers = {name: ExpertReader(checkpoint, tensors, *sizes) for name, tensors in layers.items()}
+    for layer, reader in readers.items():
+        reader.require()
+        if layers[layer].gate_up_bias or layers[layer].down_bias:
+            raise ValueError(f"{checkpoint.folder}: {layer}: expected experts without biases, which packing would lose")
+    content = _content(checkpoint, readers, num_experts)
     spec = CacheSpec(
         weight_format=config.weight_format,
         group_size=resolve_group_size(config.weight_format, config.group_size),
@@ -72,7 +85,7 @@ def load_experts(
     )
     path = _path(checkpoint, spec, config)
     if path is None:
-        return _pack_in_memory(checkpoint, layers, spec, progress)
+        return _pack_in_memory(checkpoint, readers, spec, progress)
     try:
         return open_packed(path, spec)
     except CacheMiss:
@@ -82,70 +95,61 @@ def load_experts(
             return open_packed(path, spec)  # built by another process meanwhile
         except CacheMiss as miss:
             logger.info("Packing the experts of %s into %s: %s.", checkpoint.folder, path, miss)
-        _build(path, checkpoint, layers, spec, progress)
+        _build(path, checkpoint, readers, spec, progress)
         try:
             return open_packed(path, spec)
         except CacheMiss as miss:
             raise OSError(f"packed experts {path}: unusable right after writing: {miss}; check the disk") from miss
 
 
-def _require(checkpoint: Checkpoint, tensors: ExpertTensors, E: int, D: int, F: int) -> None:
-    if tensors.fused:
-        shapes: list[tuple[int, ...]] = [(E, 2 * F, D), (E, D, F)]
-        for name, shape in zip(tensors.names(), shapes, strict=True):
-            checkpoint.require(name, shape)
-        return
-    for expert in range(E):
-        for name, shape in zip(tensors.names_of(expert), [(F, D), (F, D), (D, F)], strict=True):
-            checkpoint.require(name, shape)
+def _read(reader: ExpertReader, expert: int, buffers: dict[str, Tensor]) -> Matrices:
+    """One expert's matrices; quantised ones are dequantised into ``buffers``, whose pages are there already."""
+    weights = reader.read(expert)
+
+    def matrix(name: str, part: QuantizedWeight) -> Tensor:
+        if part.kind == "float":
+            return part.codes
+        if name not in buffers:
+            buffers[name] = torch.empty(part.shape)
+        return part.dequantize(out=buffers[name])
+
+    return matrix("gate", weights.gate), matrix("up", weights.up), matrix("down", weights.down)
 
 
-def _read(checkpoint: Checkpoint, tensors: ExpertTensors, expert: int) -> Matrices:
-    names = tensors.names_of(expert)
-    if tensors.fused:
-        gate, up = checkpoint.read_slice(names[0], expert).chunk(2)
-        return gate, up, checkpoint.read_slice(names[1], expert)
-    gate, up, down = (checkpoint.read(name) for name in names)
-    return gate, up, down
-
-
-def _in_file_order(checkpoint: Checkpoint, layers: dict[str, ExpertTensors], E: int) -> list[tuple[str, int]]:
+def _in_file_order(checkpoint: Checkpoint, readers: Readers, E: int) -> list[tuple[str, int]]:
     def place(job: tuple[str, int]) -> tuple[str, int, int]:
-        entry = checkpoint.entry(layers[job[0]].names_of(job[1])[0])
+        entry = checkpoint.entry(readers[job[0]].names_of(job[1])[0])
         return entry.file.name, entry.start, job[1]
 
-    return sorted(((layer, expert) for layer in layers for expert in range(E)), key=place)
+    return sorted(((layer, expert) for layer in readers for expert in range(E)), key=place)
 
 
-def _pack_all(
-    checkpoint: Checkpoint, layers: dict[str, ExpertTensors], spec: CacheSpec, progress: bool, put: Put
-) -> None:
-    """Read every expert ahead on a second thread and hand it to ``put``."""
+def _pack_all(checkpoint: Checkpoint, readers: Readers, spec: CacheSpec, progress: bool, put: Put) -> None:
+    """Read every expert ahead on other threads and hand it to ``put``."""
     matrix_elements = 3 * spec.hidden_size * spec.intermediate_size
     bar = tqdm(
-        total=len(layers) * spec.num_experts * matrix_elements,
+        total=len(readers) * spec.num_experts * matrix_elements,
         unit="param",
         unit_scale=True,
         desc=f"packing experts ({spec.weight_format})",
         disable=None if progress else True,
     )
     with bar:
-        for layer, expert, matrices in _read_ahead(checkpoint, layers, spec.num_experts):
+        for layer, expert, matrices in _read_ahead(checkpoint, readers, spec.num_experts):
             try:
                 put(layer, expert, matrices)
             except ValueError as error:
-                raise _named(error, checkpoint, layers[layer], expert, matrices) from None
+                raise _named(error, checkpoint, readers[layer], expert, matrices) from None
             bar.update(matrix_elements)
 
 
-def _read_ahead(
-    checkpoint: Checkpoint, layers: dict[str, ExpertTensors], E: int
-) -> Iterator[tuple[str, int, Matrices]]:
+def _read_ahead(checkpoint: Checkpoint, readers: Readers, E: int) -> Iterator[tuple[str, int, Matrices]]:
     pending: deque[tuple[str, int, Future[Matrices]]] = deque()
-    with ThreadPoolExecutor(max_workers=1, thread_name_prefix="kt_sft-read") as pool:
+    buffers: cycle[dict[str, Tensor]] = cycle([{} for _ in range(_READ_AHEAD + 1)])
+    with ThreadPoolExecutor(max_workers=_READERS, thread_name_prefix="kt_sft-read") as pool:
         try:
-            for layer, expert in _in_file_order(checkpoint, layers, E):
-                pending.append((layer, expert, pool.submit(_read, checkpoint, layers[layer], expert)))
+            for layer, expert in _in_file_order(checkpoint, readers, E):
+                pending.append((layer, expert, pool.submit(_read, readers[layer], expert, next(buffers))))
                 if len(pending) > _READ_AHEAD:
                     layer, expert, future = pending.popleft()
                     yield layer, expert, future.result()
@@ -158,13 +162,12 @@ def _read_ahead(
 
 
 def _named(
-    error: ValueError, checkpoint: Checkpoint, tensors: ExpertTensors, expert: int, matrices: Matrices
+    error: ValueError, checkpoint: Checkpoint, reader: ExpertReader, expert: int, matrices: Matrices
 ) -> ValueError:
     """The error with the file and tensor that caused it."""
-    names = tensors.names_of(expert)
-    per_matrix = [names[0], names[0], names[1]] if tensors.fused else names
-    for name, matrix in zip(per_matrix, matrices, strict=True):
-        if not torch.isfinite(matrix.to(torch.bfloat16)).all():
+    names = reader.matrix_names(expert)
+    for name, matrix in zip(names, matrices, strict=True):
+        if name in checkpoint and not torch.isfinite(matrix.to(torch.bfloat16)).all():
             kind = "NaN" if torch.isnan(matrix).any() else "Inf, or a value beyond bf16"
             return ValueError(
                 f"{checkpoint.entry(name).file}: tensor {name!r}, expert {expert}: expected finite values, got {kind}; "
@@ -173,26 +176,45 @@ def _named(
     return ValueError(f"{checkpoint.folder}: tensors {', '.join(names)}, expert {expert}: {error}")
 
 
-def _build(
-    path: Path, checkpoint: Checkpoint, layers: dict[str, ExpertTensors], spec: CacheSpec, progress: bool
-) -> None:
+def _report(layer: str, packed: PackedExperts, matrices: Matrices) -> None:
+    """Log what packing kept of one expert; ``packed`` holds only that one."""
+    if packed.weight_format == "bf16":
+        return
+    signal = noise = 0.0
+    for values, source in zip(packed.dequantize(), matrices, strict=True):
+        signal += source.float().square().sum().item()
+        noise += (values[0].float() - source.float()).square().sum().item()
+    sqnr = 10 * math.log10(signal / noise) if signal and noise else math.inf
+    logger.info("%s packed as %s: SQNR %.1f dB (expert 0)", layer, packed.weight_format, sqnr)
+
+
+def _build(path: Path, checkpoint: Checkpoint, readers: Readers, spec: CacheSpec, progress: bool) -> None:
     one = PackedExperts.empty(1, *spec.sizes()[1:])
     with PackedWriter(path, spec) as writer:
 
         def put(layer: str, expert: int, matrices: Matrices) -> None:
             one.storage.zero_()  # padding bytes are part of the checksums
             one.pack_expert_(0, *matrices)
+            if expert == 0:
+                _report(layer, one, matrices)
             writer.put(layer, expert, one.storage)
 
-        _pack_all(checkpoint, layers, spec, progress, put)
+        _pack_all(checkpoint, readers, spec, progress, put)
         writer.commit()
 
 
 def _pack_in_memory(
-    checkpoint: Checkpoint, layers: dict[str, ExpertTensors], spec: CacheSpec, progress: bool
+    checkpoint: Checkpoint, readers: Readers, spec: CacheSpec, progress: bool
 ) -> dict[str, PackedExperts]:
-    packed = {name: PackedExperts.empty(*spec.sizes()) for name in layers}
-    _pack_all(checkpoint, layers, spec, progress, lambda layer, expert, m: packed[layer].pack_expert_(expert, *m))
+    packed = {name: PackedExperts.empty(*spec.sizes()) for name in readers}
+    first = spec.layer_bytes // spec.num_experts
+
+    def put(layer: str, expert: int, matrices: Matrices) -> None:
+        packed[layer].pack_expert_(expert, *matrices)
+        if expert == 0:
+            _report(layer, PackedExperts(packed[layer].storage[:first], 1, *spec.sizes()[1:]), matrices)
+
+    _pack_all(checkpoint, readers, spec, progress, put)
     return packed
 
 
@@ -200,10 +222,10 @@ def _digest(*parts: object) -> str:
     return hashlib.blake2b(json.dumps(parts).encode(), digest_size=16).hexdigest()
 
 
-def _content(checkpoint: Checkpoint, layers: dict[str, ExpertTensors], E: int) -> str:
+def _content(checkpoint: Checkpoint, readers: Readers, E: int) -> str:
     rows = []
-    for layer, tensors in layers.items():
-        for name in dict.fromkeys([*tensors.names_of(0), *tensors.names_of(E - 1)]):
+    for layer, reader in readers.items():
+        for name in dict.fromkeys([*reader.names_of(0), *reader.names_of(E - 1)]):
             sample = hashlib.blake2b(checkpoint.sample(name), digest_size=16).hexdigest()
             rows.append((layer, name, checkpoint.dtype(name), checkpoint.shape(name), sample))
     return _digest(rows)
@@ -236,8 +258,8 @@ def _path(checkpoint: Checkpoint, spec: CacheSpec, config: KtConfig) -> Path | N
         return folder / f"experts-{kind}-{spec.content[:12]}{SUFFIX}"
     if config.cache_folder is None:
         return None
-    where = checkpoint.folder.resolve()
-    return config.cache_folder / f"{where.name}-{kind}-{_digest(str(where), spec.layers)[:12]}{SUFFIX}"
+    where, shards = checkpoint.folder.resolve(), [shard.name for shard in checkpoint.shards]
+    return config.cache_folder / f"{where.name}-{kind}-{_digest(str(where), shards, spec.layers)[:12]}{SUFFIX}"
 
 
 def _refuse_foreign(folder: Path) -> None:

@@ -13,6 +13,7 @@ from kt_sft.ops.packed import pack_experts
 from kt_sft.weights import loader
 from kt_sft.weights.loader import load_experts
 
+from . import published
 from .checkpoints import (
     SIZES,
     D,
@@ -141,3 +142,9 @@ def test_ctrl_c_leaves_no_file(tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         load(folder, cache_dir=str(tmp_path / "c"))
     assert [p.suffix for p in (tmp_path / "c").iterdir()] == [".lock"]
+
+
+def test_biases_are_not_dropped(tmp_path):
+    made = published.mxfp4_gpt_oss({layer_name(0): weights()[layer_name(0)]})
+    with pytest.raises(ValueError, match=rf"{layer_name(0)}: expected experts without biases"):
+        load(made.write(tmp_path), made.layers, cache_dir="none")

@@ -1,0 +1,186 @@
+"""The experts of a checkpoint, whatever its format, one expert at a time.
+
+A format is a class with ``matches``, ``require`` and ``read`` of one matrix; ``FORMATS`` lists them. The tensors
+themselves decide which format a matrix has (companions and dtypes), so that checkpoints which keep some layers
+unquantised need no list of exceptions; config.json's quantization_config gives what tensors do not say and must agree
+with them. Codes stay what they are: nothing is dequantised while reading.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Container, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from .checkpoint import Checkpoint, ExpertTensors
+from .formats_float import Float, Fp8
+from .formats_gguf import Gguf
+from .formats_int4 import Awq, CompressedInt4, Gptq
+from .formats_mxfp4 import Mxfp4
+from .gguf import GgufCheckpoint
+from .quantized import QuantizedWeight
+from .stored import Stored, partner
+
+
+class Format(Protocol):
+    """How one matrix is stored."""
+
+    name: str
+
+    @staticmethod
+    def matches(stored: Stored) -> bool:
+        """Whether the matrix is stored this way."""
+
+    @staticmethod
+    def tensors(stored: Stored) -> list[str]:
+        """The suffixes of the tensors that hold it."""
+
+    @staticmethod
+    def shape(stored: Stored) -> tuple[int, ...]:
+        """(N, K) as its tensors have it, unchecked."""
+
+    @staticmethod
+    def require(stored: Stored, shape: tuple[int, int]) -> None:
+        """Raise ValueError unless all of them are there with the dtypes and shapes of a matrix (N, K)."""
+
+    @staticmethod
+    def read(stored: Stored, shape: tuple[int, int]) -> QuantizedWeight:
+        """Read it. Raises ValueError on values that no quantiser writes (NaN, scales that cannot be)."""
+
+
+FORMATS: tuple[type[Format], ...] = (Gguf, Float, Fp8, Mxfp4, CompressedInt4, Gptq, Awq)
+MAIN = ("weight", "weight_packed", "qweight", "blocks")  # a tensor that every format has
+_BIAS_DTYPES = ("BF16", "F16", "F32")
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class ExpertWeights:
+    """One expert: gate (F, D), up (F, D), down (D, F), and biases (F), (F), (D) where the checkpoint has them."""
+
+    gate: QuantizedWeight
+    up: QuantizedWeight
+    down: QuantizedWeight
+    gate_bias: Tensor | None = None
+    up_bias: Tensor | None = None
+    down_bias: Tensor | None = None
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
+        """Gate, up and down."""
+        return self.gate.dequantize(dtype), self.up.dequantize(dtype), self.down.dequantize(dtype)
+
+
+def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
+    """A folder of safetensors, a GGUF file, or a folder with GGUF files only."""
+    path = Path(path)
+    is_gguf = path.suffix == ".gguf" and path.is_file()
+    if path.is_dir() and not any(path.glob("*.safetensors*")):
+        is_gguf = any(path.glob("*.gguf"))
+    return GgufCheckpoint(path) if is_gguf else Checkpoint(path)
+
+
+def is_stored(name: str, available: Container[str]) -> bool:
+    """Whether the matrix ``name`` is among the tensor names, in whatever format."""
+    return any(partner(name, suffix) in available for suffix in MAIN)
+
+
+def format_of(stored: Stored) -> type[Format]:
+    """Raises ValueError, naming what was found, if the matrix is missing or in no format known here."""
+    for candidate in FORMATS:
+        if candidate.matches(stored):
+            return candidate
+    if not is_stored(stored.name, stored.checkpoint):
+        stored.checkpoint.entry(stored.name)  # names the nearest
+    stem = stored.name.removesuffix("weight")
+    found = [f"{name} ({stored.checkpoint.dtype(name)})" for name in stored.checkpoint.names() if name.startswith(stem)]
+    method = stored.checkpoint.quantization_config.get("quant_method")
+    raise ValueError(
+        f"{stored.checkpoint.folder}: expected {stored.name!r} in a supported format "
+        f"({'; '.join(f.name for f in FORMATS)}), found {', '.join(found[:6])}"
+        + (f" with quant_method {method!r}" if method else "")
+        + "; use another version of the model"
+    )
+
+
+class ExpertReader:
+    """The experts of one layer: E experts of shapes gate (F, D), up (F, D), down (D, F)."""
+
+    def __init__(
+        self, checkpoint: Checkpoint, tensors: ExpertTensors, num_experts: int, hidden_size: int, intermediate_size: int
+    ) -> None:
+        self._checkpoint, self._tensors, self._experts = checkpoint, tensors, num_experts
+        D, F = hidden_size, intermediate_size
+        shapes = [(2 * F, D), (D, F)] if tensors.fused else [(F, D), (F, D), (D, F)]
+        self._matrices = list(zip(tensors.names(), shapes, strict=True))
+        self._biases = [(tensors.gate_up_bias, 2 * F), (tensors.down_bias, D)]
+
+    def _stored(self, expert: int) -> Iterator[tuple[Stored, tuple[int, int]]]:
+        for name, shape in self._matrices:
+            if self._tensors.stacked:
+                yield Stored(self._checkpoint, name, expert), shape
+            else:
+                yield Stored(self._checkpoint, name.replace("{expert}", str(expert))), shape
+
+    def require(self) -> None:
+        """Check names, dtypes and shapes of every expert's tensors, without reading data.
+
+        Raises ValueError with file, tensor, expected and got.
+        """
+        for expert in (0,) if self._tensors.stacked else range(self._experts):
+            for stored, shape in self._stored(expert):
+                chosen = format_of(stored)
+                chosen.require(stored, shape)
+                for suffix in chosen.tensors(stored) if self._tensors.stacked else ():
+                    self._require_stack(partner(stored.name, suffix))
+        for name, length in self._biases:
+            if name is not None:
+                Stored(self._checkpoint, name, 0).require("weight", _BIAS_DTYPES, (length,))
+                self._require_stack(name)
+
+    def _require_stack(self, name: str) -> None:
+        entry = self._checkpoint.entry(name)
+        if entry.shape[0] != self._experts:
+            raise ValueError(
+                f"{entry.file}: tensor {name!r}: expected {self._experts} experts, got shape {list(entry.shape)}"
+            )
+
+    def names_of(self, expert: int) -> list[str]:
+        """The tensors that hold this expert, biases included; the first is the first in its file's order."""
+        names = [partner(s.name, suffix) for s, _ in self._stored(expert) for suffix in format_of(s).tensors(s)]
+        return names + [name for name, _ in self._biases if name is not None]
+
+    def matrix_names(self, expert: int) -> tuple[str, str, str]:
+        """What the checkpoint calls this expert's gate, up and down; a fused tensor is named twice."""
+        names = [stored.name for stored, _ in self._stored(expert)]
+        return names[0], names[-2], names[-1]
+
+    def read(self, expert: int) -> ExpertWeights:
+        """Read one expert: the bytes of its tensors, or of its slices of stacked ones, and no others."""
+        parts = [format_of(stored).read(stored, shape) for stored, shape in self._stored(expert)]
+        gate_up_bias, down_bias = (self._bias(name, expert) for name, _ in self._biases)
+        if not self._tensors.fused:
+            return ExpertWeights(gate=parts[0], up=parts[1], down=parts[2], down_bias=down_bias)
+        F = parts[0].shape[0] // 2
+        of_gate, of_up = slice(0, F), slice(F, 2 * F)
+        if self._tensors.interleaved:
+            of_gate, of_up = slice(0, 2 * F, 2), slice(1, 2 * F, 2)
+        return ExpertWeights(
+            gate=parts[0].rows(of_gate),
+            up=parts[0].rows(of_up),
+            down=parts[1],
+            gate_bias=None if gate_up_bias is None else gate_up_bias[of_gate].contiguous(),
+            up_bias=None if gate_up_bias is None else gate_up_bias[of_up].contiguous(),
+            down_bias=down_bias,
+        )
+
+    def _bias(self, name: str | None, expert: int) -> Tensor | None:
+        if name is None:
+            return None
+        stored = Stored(self._checkpoint, name, expert)
+        bias = stored.read("weight")
+        stored.require_finite("weight", bias)
+        return bias
