@@ -44,6 +44,7 @@ set_workspace_poison = _C.set_workspace_poison
 sort_by_expert = _C.sort_by_expert
 PackedHandle = _C.PackedHandle
 pack = _C.pack
+pack_codes = _C.pack_codes
 unpack = _C.unpack
 product = _C.product
 product_int8 = _C.product_int8

@@ -85,6 +85,19 @@ void pack(const PackedHandle& packed, int expert, int projection, const py::obje
   KT_CHECK(finite, "weights: expected finite values, got NaN or Inf");
 }
 
+void pack_codes(const PackedHandle& packed, int expert, int projection, const py::object& codes,
+                const py::object& scales) {
+  const PackedMatrix m = checked_matrix(packed.weights(), expert, projection);
+  KT_CHECK(m.format == Format::int4 && m.cols % 2 == 0,
+           "codes: expected experts packed as int4 with an even number of columns");
+  const int64_t groups = ceil_div(m.cols, m.group_size);
+  const uint8_t* code_data = tensor<uint8_t>(codes, "codes", {Dtype::u8}, {m.rows, m.cols / 2});
+  const uint16_t* scale_data = tensor<uint16_t>(scales, "scales", {Dtype::bf16}, {m.rows, groups});
+  KT_CHECK(groups == m.groups(), "group_size: expected groups that end within the last 32 columns, got ", m.group_size);
+  py::gil_scoped_release release;
+  pack_int4_codes(m, code_data, scale_data);
+}
+
 void unpack(const PackedHandle& packed, int expert, int projection, const py::object& out) {
   const PackedMatrix m = checked_matrix(packed.weights(), expert, projection);
   uint16_t* data = tensor<uint16_t>(out, "out", {Dtype::bf16}, {m.rows, m.cols});
@@ -297,6 +310,7 @@ PYBIND11_MODULE(_C, m) {
            py::arg("hidden"), py::arg("intermediate"), py::arg("weight_format"), py::arg("group_size"));
   m.def("wish_huge_pages", wish_huge_pages, "ask for transparent huge pages for a fresh CPU tensor");
   m.def("pack", pack);
+  m.def("pack_codes", pack_codes, "int4 codes + 8, two to a byte, and their bf16 scales, as they are");
   m.def("unpack", unpack);
   m.def("product", product, "out = act W^T, or act W if transposed; W is one projection of one expert");
   m.def("product_int8", product_int8, "out = act W^T with act quantised per row and group of columns");
