@@ -60,8 +60,8 @@ sanitize: setup  ## kernel tests (AVX2) and thread pool under Address-, Undefine
 	@$(PYTEST) tests/sanitize
 .PHONY: sanitize
 
-bench: setup  ## time one MoE layer beside torch (shape A of Qwen3-30B-A3B)
-	@$(RUN) -m benchmarks.bench_experts
+bench: setup  ## one MoE layer beside the limits of this machine and its peers
+	@$(RUN) -m benchmarks
 
 build: setup  ## wheel in dist/
 	@PATH="$(abspath $(VENV))/bin:$$PATH" $(RUN) -m pip wheel --quiet --no-deps --no-build-isolation -w dist .

@@ -18,14 +18,13 @@ from peft import LoraConfig
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.rows import Ours, Shape, make_inputs, make_weights
+from benchmarks.ours import Ours
+from benchmarks.shapes import TINY, make_inputs
 from kt_sft import native
 from kt_sft.nn.experts import KtExperts
 from kt_sft.nn.lora import ExpertsLinearLora
 from kt_sft.ops import moe_experts, submit_experts
 from kt_sft.ops.reference import moe_experts_reference
-
-TINY = Shape("tiny", 8, 2, 64, 32)
 
 
 class Cost(NamedTuple):
@@ -63,7 +62,7 @@ def _module(layer: Ours, rank: int) -> KtExperts:
 def _calls() -> dict[str, tuple[bool, Callable[[], object]]]:
     """What is measured: whether gradients are on, and the call."""
     x, ids, weights, grad_out = make_inputs(TINY, 1, seed=1)
-    layer = Ours(TINY, make_weights(TINY), "bf16")
+    layer = Ours(TINY, "bf16")
     packed, out = layer.packed, torch.empty(1, TINY.D)
     expected = moe_experts_reference(x.float(), ids, weights, *(w.float() for w in packed.dequantize()))
     ratio = ((layer.forward(x, ids, weights).float() - expected).norm() / expected.norm()).item()
@@ -71,7 +70,8 @@ def _calls() -> dict[str, tuple[bool, Callable[[], object]]]:
         raise SystemExit(f"refusing to report: the output differs from the reference by {ratio:.3g}")
     plain, adapted = _module(layer, 0), _module(layer, 8)
     factors = [p for p in adapted.parameters()]
-    xd, wd = x.detach(), weights.detach()
+    xd, wd = x, weights
+    x, weights = x.clone().requires_grad_(), weights.clone().requires_grad_()
     return {
         "native forward": (
             False, lambda: native.forward(*packed.native_args(), xd, ids, wd, {}, None, None, False, out)

@@ -38,6 +38,7 @@ packed_bytes = _C.packed_bytes
 peak_flops = _C.peak_flops
 peak_int8 = _C.peak_int8
 computes_int8 = _C.computes_int8
+read_bandwidth = _C.read_bandwidth
 workspace_bytes = _C.workspace_bytes
 wish_huge_pages = _C.wish_huge_pages
 set_workspace_poison = _C.set_workspace_poison

@@ -11,6 +11,7 @@
 #include "common/huge_pages.h"
 #include "common/thread_pool.h"
 #include "common/workspace.h"
+#include "kernels/bandwidth.h"
 #include "kernels/kernel_table.h"
 #include "kernels/pack.h"
 #include "moe/experts.h"
@@ -292,6 +293,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("peak_flops", peak_flops, py::arg("iterations"), "measured multiply-add rate of all threads, from registers");
   m.def("peak_int8", peak_int8, py::arg("iterations"), "the same of int8 multiply-adds");
   m.def("computes_int8", [] { return kernels().gemm8 != nullptr; });
+  m.def("read_bandwidth", read_bandwidth, py::arg("bytes_per_thread"), py::arg("passes"), py::arg("huge_pages"),
+        py::call_guard<py::gil_scoped_release>(), "bytes per second that all threads read together");
   m.def("workspace_bytes", Workspace::capacity);
   m.def("set_workspace_poison", Workspace::set_poison, py::arg("on"));
   m.def("packed_bytes", [](int experts, int hidden, int intermediate, const std::string& format, int group_size) {

@@ -90,6 +90,7 @@ struct KernelTable {
   void (*quantize_rows)(const QuantizeRowsArgs&);
   void (*gemm8)(const Gemm8Args&);
   double (*peak_int8)(int64_t iterations);
+  uint64_t (*read)(const void* data, int64_t bytes, int64_t ahead);  // reads every byte once: probes.h
 };
 
 // The table that KT_SFT_ISA names, or the best that this CPU runs. Throws if the CPU cannot run it.

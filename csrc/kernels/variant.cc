@@ -27,6 +27,7 @@ using ActiveOps = Ops;
 #ifdef __AVX512VNNI__
 #include "kernels/gemm8.h"
 #endif
+#include "kernels/probes.h"
 
 #define KT_STRING_(x) #x
 #define KT_STRING(x) KT_STRING_(x)
@@ -58,7 +59,8 @@ const KernelTable& table() {
                                       ActiveOps::peak,
                                       kInt8.quantize_rows,
                                       kInt8.gemm8,
-                                      kInt8.peak};
+                                      kInt8.peak,
+                                      read_stream};
   return kTable;
 }
 

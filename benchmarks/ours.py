@@ -1,0 +1,114 @@
+"""Our rows. A name is a weight format, with ``*int8`` for native int8 products and ``+lora16`` for adapters of a rank.
+
+    bf16   int8   int4   int8*int8   int8+lora16   int8*int8+lora64
+
+What every row offers, here and in the peers: ``forward(x, ids, weights, record)``, ``backward(grad_out)`` of the last
+recorded forward, ``weight_bytes``, ``tolerance`` of its results against float32, and ``expert(e)``: the weights that it
+ought to compute with.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from benchmarks.check import Unavailable
+from benchmarks.shapes import Shape, expert_weights
+from kt_sft import native
+from kt_sft.ops import ExpertsLora, PackedExperts, moe_experts
+from kt_sft.ops.quantize import dequantize, quantize
+
+Matrices = tuple[Tensor, ...]
+NAME = re.compile(r"(bf16|int8|int4)(\*int8)?(?:\+lora(\d+))?")
+
+
+class Row(NamedTuple):
+    """A parsed name; rank 0 is without adapters."""
+
+    weight_format: str
+    compute: str
+    rank: int
+
+
+def parse(name: str) -> Row:
+    """Raises ValueError on a name that is not one of ours."""
+    match = NAME.fullmatch(name)
+    if match is None:
+        raise ValueError(f"row: expected a name like int8, int8*int8 or int8+lora16, got {name!r}")
+    weight_format, compute, rank = match.groups()
+    return Row(weight_format, "int8" if compute else "bf16", int(rank or 0))
+
+
+def make_lora(shape: Shape, rank: int) -> ExpertsLora:
+    """fp32 factors on all three projections, neither of them zero."""
+    g = torch.Generator().manual_seed(77)
+    factors = {}
+    for name, (out, width) in {
+        "gate": (shape.F, shape.D),
+        "up": (shape.F, shape.D),
+        "down": (shape.D, shape.F),
+    }.items():
+        factors[f"{name}_a"] = (torch.randn(shape.E, rank, width, generator=g) / width**0.5).requires_grad_()
+        factors[f"{name}_b"] = (torch.randn(shape.E, out, rank, generator=g) * 0.02).requires_grad_()
+    return ExpertsLora(**factors, scaling=2.0)
+
+
+class Ours:
+    """kt_sft's layer: experts are packed one by one, so that memory holds little more than the packed codes.
+
+    ``source(e)`` gives gate, up and down of an expert; by default those of benchmarks/shapes.py.
+    """
+
+    def __init__(self, shape: Shape, name: str, source: Callable[[int], Matrices] | None = None) -> None:
+        self.row = parse(name)
+        self.source = source or partial(expert_weights, shape)
+        if self.row.compute == "int8" and not native.computes_int8():
+            raise Unavailable(f"int8 products need AMX or AVX512-VNNI, this is {native.isa()}")
+        self.tolerance = 5e-2 if self.row.compute == "int8" else 2e-2
+        self.packed = PackedExperts.empty(shape.E, shape.D, shape.F, self.row.weight_format)
+        self.weight_bytes = self.packed.nbytes
+        self.pack_seconds = 0.0
+        for e in range(shape.E):
+            weights = self.source(e)
+            start = time.perf_counter()
+            self.packed.pack_expert_(e, *weights)
+            self.pack_seconds += time.perf_counter() - start
+        self.lora = make_lora(shape, self.row.rank) if self.row.rank else None
+        self.threads = native.num_threads()
+
+    def expert(self, e: int) -> Matrices:
+        """gate, up, down as packing must have stored them."""
+        weights = self.source(e)
+        if self.row.weight_format == "bf16":
+            return weights
+        group = self.packed.group_size
+        return tuple(dequantize(*quantize(w, self.row.weight_format, group), group) for w in weights)
+
+    def factors(self) -> dict[str, Tensor]:
+        return self.lora.factors() if self.lora else {}
+
+    def forward(self, x: Tensor, ids: Tensor, weights: Tensor, record: bool = True) -> Tensor:
+        with torch.set_grad_enabled(record):
+            self.inputs = (x.detach().requires_grad_(record), weights.detach().requires_grad_(record))
+            self.out = moe_experts(
+                self.inputs[0], ids, self.inputs[1], self.packed, self.lora, compute_type=self.row.compute
+            )
+        return self.out.detach()
+
+    def backward(self, grad_out: Tensor) -> tuple[Tensor, Tensor]:
+        """Gradients of x and the top-k weights; those of the factors stay in ``lora_grads``."""
+        factors = self.factors()
+        grad_x, grad_weights, *rest = torch.autograd.grad(self.out, (*self.inputs, *factors.values()), grad_out)
+        self.lora_grads = dict(zip(factors, rest, strict=True))
+        self.out = self.inputs = None
+        return grad_x, grad_weights
+
+    @property
+    def scaling(self) -> float:
+        return self.lora.scaling if self.lora else 1.0

@@ -1,0 +1,171 @@
+"""One row in one process: build the layer, check it, time it. ``python -m benchmarks.worker JOB.json RESULT.json``.
+
+The result holds ``points`` (one per number of tokens, times in ms as median, 20th and 80th percentile), ``memory`` and
+``packing`` of our rows, or ``unavailable`` / ``wrong`` with the reason.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks import check, machine
+from benchmarks.shapes import SHAPES, TINY, Shape, bank, make_inputs
+
+DECODE_TOKENS = 8  # up to here a call without gradients is timed too
+MIN_CALLS, MAX_CALL_SECONDS = 3, 4.0
+
+
+def quantiles(samples: list[float]) -> tuple[float, float, float]:
+    """Median, 20th and 80th percentile of seconds, in ms."""
+    ms = [s * 1e3 for s in samples]
+    if len(ms) == 1:
+        return ms[0], ms[0], ms[0]
+    cuts = statistics.quantiles(ms, n=10, method="inclusive")
+    return statistics.median(ms), cuts[1], cuts[7]
+
+
+def repeat(call: Callable[[int], tuple[float, ...]], seconds: float) -> list[list[float]]:
+    """Times of each part of ``call(i)``: two calls to warm up, then at least MIN_CALLS and about ``seconds``."""
+    samples = []
+    stop = None
+    for i in range(1_000_000):
+        times = call(i)
+        if i < 2:
+            continue
+        stop = stop or time.perf_counter() + seconds
+        samples.append(times)
+        if len(samples) >= MIN_CALLS and time.perf_counter() >= stop:
+            break
+    return [list(part) for part in zip(*samples, strict=True)]
+
+
+def measure(row: Any, shape: Shape, tokens: int, routing: str, seconds: float) -> dict[str, Any]:
+    """Times of one number of tokens. Few tokens rotate over inputs, so that no weights stay in the cache."""
+    batches = [make_inputs(shape, tokens, seed, routing) for seed in range(max(1, min(16, 64 // tokens)))]
+    active = statistics.mean(len(ids.unique()) for _, ids, _, _ in batches)
+
+    def step(i: int) -> tuple[float, float]:
+        x, ids, weights, grad_out = batches[i % len(batches)]
+        start = time.perf_counter()
+        row.forward(x, ids, weights, True)
+        middle = time.perf_counter()
+        row.backward(grad_out)
+        return middle - start, time.perf_counter() - middle
+
+    def infer(i: int) -> tuple[float]:
+        x, ids, weights, _ = batches[i % len(batches)]
+        start = time.perf_counter()
+        row.forward(x, ids, weights, False)
+        return (time.perf_counter() - start,)
+
+    with machine.OtherLoad() as others:
+        parts = dict(zip(("fwd", "bwd"), repeat(step, seconds), strict=True))
+        if tokens <= DECODE_TOKENS:
+            parts["infer"] = repeat(infer, seconds / 2)[0]
+    point: dict[str, Any] = dict(tokens=tokens, routing=routing, active=active, rows=tokens * shape.K / active)
+    for name, samples in parts.items():
+        point |= dict(zip((f"{name}_ms", f"{name}_p20", f"{name}_p80"), quantiles(samples), strict=True))
+    return point | dict(calls=len(parts["fwd"]), others=others.cores)
+
+
+def make_row(job: dict[str, Any], shape: Shape) -> Any:
+    """The layer that ``job["row"]`` names."""
+    name, threads = job["row"], job["threads"]
+    if name.startswith("kt "):
+        from benchmarks.kt_kernel_peer import KtKernel
+
+        return KtKernel(shape, name, threads)
+    from benchmarks.peers import TORCH_PEERS
+
+    if name in TORCH_PEERS:
+        return TORCH_PEERS[name](shape)
+    from benchmarks.ours import Ours
+    from kt_sft import native
+
+    native.set_num_threads(threads)
+    return Ours(shape, name)
+
+
+def memory_before(job: dict[str, Any]) -> float:
+    """Anonymous MiB with what is there for any layer: modules, threads and what torch keeps after its first calls."""
+    if not job["row"].startswith("kt "):
+        x, ids, weights, grad_out = make_inputs(TINY, 1, 0)
+        tiny = make_row(job, TINY)
+        tiny.forward(x, ids, weights, True)
+        tiny.backward(grad_out)
+    return machine.anonymous_mib()
+
+
+def memory(row: Any, shape: Shape, tokens: int, before: float) -> dict[str, float]:
+    """MiB that a layer holds with a recorded forward (``saved``) and after backward (``held``), beside its parts."""
+    from kt_sft import native
+
+    x, ids, weights, grad_out = make_inputs(shape, tokens, 0)
+    inputs = (x.nbytes + ids.nbytes + weights.nbytes + grad_out.nbytes) / 2**20
+    row.forward(x, ids, weights, True)
+    saved = machine.anonymous_mib() - before - inputs
+    row.backward(grad_out)
+    held = machine.anonymous_mib() - before - inputs
+    values = tokens * shape.K * (2 * shape.F + shape.D)
+    return dict(
+        tokens=tokens,
+        packed_mib=row.weight_bytes / 2**20,
+        workspace_mib=native.workspace_bytes() / 2**20,
+        activations_mib=2 * values / 2**20,
+        saved_mib=saved,
+        held_mib=held,
+    )
+
+
+def run(job: dict[str, Any]) -> dict[str, Any]:
+    """All that ``job`` asks for: row, shape, tokens (list), routings, threads, seconds."""
+    shape = SHAPES[job["shape"]]
+    torch.set_num_threads(job["threads"])
+    result: dict[str, Any] = dict(row=job["row"], shape=job["shape"], threads=job["threads"], points=[])
+    before = memory_before(job)
+    row = make_row(job, shape)
+    bank.cache_clear()
+    result["weights_mib"] = row.weight_bytes / 2**20
+    if hasattr(row, "pack_seconds"):
+        source = 2 * shape.expert_values * shape.E / 1e9 / job["threads"]
+        result["packing"] = dict(seconds=row.pack_seconds, gb_per_s_per_thread=source / row.pack_seconds)
+        result["memory"] = memory(row, shape, max(job["tokens"]), before)
+    expected = check.evaluate(row, shape)
+    check.check(row, shape, expected, 3, "balanced")
+    call_seconds = 0.0
+    for tokens, routing in itertools.product(job["tokens"], job["routings"]):
+        if call_seconds <= MAX_CALL_SECONDS:
+            start = time.perf_counter()
+            off = check.check(row, shape, expected, tokens, routing)
+            call_seconds = time.perf_counter() - start
+        if call_seconds <= MAX_CALL_SECONDS:
+            point = measure(row, shape, tokens, routing, job["seconds"]) | dict(error=off)
+        else:
+            point = dict(tokens=tokens, routing=routing, skipped=f"forward and backward took {call_seconds:.0f} s")
+        result["points"].append(point)
+    return result
+
+
+def main() -> None:
+    job_file, result_file = map(Path, sys.argv[1:])
+    job = json.loads(job_file.read_text())
+    try:
+        result = run(job)
+    except check.WrongResult as wrong:
+        result = dict(row=job["row"], shape=job["shape"], wrong=str(wrong))
+    except (check.Unavailable, ImportError) as error:
+        result = dict(row=job["row"], shape=job["shape"], unavailable=str(error))
+    result_file.write_text(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()

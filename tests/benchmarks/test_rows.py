@@ -1,0 +1,125 @@
+"""Every row that can run here computes the layer, and the gate refuses one that does not."""
+
+import json
+
+import pytest
+import torch
+
+from benchmarks import check, worker
+from benchmarks.check import Unavailable, WrongResult
+from benchmarks.ours import Ours, parse
+from benchmarks.peers import TORCH_PEERS
+from benchmarks.shapes import SHAPES, expert_weights, make_inputs, make_weights
+from kt_sft import native
+
+TINY = SHAPES["tiny"]
+
+
+@pytest.fixture(autouse=True)
+def _poisoned_memory():
+    """The peers' own memory is not ours to poison."""
+
+
+def run(row, tmp_path, monkeypatch, tokens=(1, 16)):
+    job = dict(row=row, shape="tiny", tokens=list(tokens), routings=["balanced", "zipf"], threads=1, seconds=0.0)
+    files = [tmp_path / "job.json", tmp_path / "result.json"]
+    files[0].write_text(json.dumps(job))
+    monkeypatch.setattr("sys.argv", ["worker", *map(str, files)])
+    worker.main()
+    return json.loads(files[1].read_text())
+
+
+@pytest.mark.parametrize("row", ["bf16", "int8", "int4", "int8+lora4", "int8*int8", *TORCH_PEERS])
+def test_a_row_is_checked_and_timed(row, tmp_path, monkeypatch):
+    threads = torch.get_num_threads()
+    try:
+        result = run(row, tmp_path, monkeypatch)
+    finally:
+        torch.set_num_threads(threads)
+    assert [(p["tokens"], p["routing"]) for p in result["points"]] == [
+        (1, "balanced"), (1, "zipf"), (16, "balanced"), (16, "zipf"),
+    ]  # fmt: skip
+    for p in result["points"]:
+        assert 0 < p["fwd_p20"] <= p["fwd_ms"] <= p["fwd_p80"] and p["bwd_ms"] > 0 and 0 < p["error"] < 0.06
+    assert ("memory" in result) == (row not in TORCH_PEERS)
+
+
+class Broken(Ours):
+    """Right for a few tokens, wrong for many; or one wrong factor gradient."""
+
+    what = "output"
+
+    def forward(self, x, ids, weights, record=True):
+        out = super().forward(x, ids, weights, record)
+        return out * 1.1 if self.what == "output" and len(x) > 3 else out
+
+    def backward(self, grad_out):
+        grads = super().backward(grad_out)
+        if self.what == "factor":
+            self.lora_grads["up_a"] = self.lora_grads["up_a"] * 0.9
+        return grads
+
+
+@pytest.mark.parametrize(("what", "tokens", "message"), [
+    ("output", 16, "output of 16 tokens differs from float32"),
+    ("factor", 3, "gradient of up_a of 3 tokens differs"),
+])  # fmt: skip
+def test_wrong_results_have_no_times(what, tokens, message):
+    row = Broken(TINY, "bf16+lora4")
+    row.what = what
+    expected = check.evaluate(row, TINY)
+    with pytest.raises(WrongResult, match=message):
+        check.check(row, TINY, expected, tokens, "balanced")
+    row.what = ""
+    assert check.check(row, TINY, expected, tokens, "balanced") < 0.02
+
+
+def test_a_wrong_row_reports_its_reason_instead_of_times(tmp_path, monkeypatch):
+    monkeypatch.setattr("benchmarks.ours.Ours", Broken)
+    result = run("int8", tmp_path, monkeypatch)
+    assert "points" not in result and "differs from float32" in result["wrong"]
+
+
+def test_names_of_rows():
+    assert parse("int8*int8+lora64") == ("int8", "int8", 64) and parse("bf16") == ("bf16", "bf16", 0)
+    for name in ("fp8", "int8*bf16", "int8+lora", "int8 "):
+        with pytest.raises(ValueError, match="row: expected a name like"):
+            parse(name)
+
+
+def test_products_that_the_cpu_lacks_are_a_reason(isa):
+    if native.computes_int8():
+        assert Ours(TINY, "int8*int8").tolerance > Ours(TINY, "int8").tolerance
+    else:
+        with pytest.raises(Unavailable, match=f"need AMX or AVX512-VNNI, this is {isa}"):
+            Ours(TINY, "int8*int8")
+
+
+def test_balanced_routing_deals_every_expert_equally_often():
+    _, ids, weights, _ = make_inputs(SHAPES["A"], 32, seed=3)
+    assert ids.flatten().bincount(minlength=128).tolist() == [2] * 128
+    assert torch.allclose(weights.sum(-1), torch.ones(32))
+
+
+def test_zipf_routing_is_skewed_and_distinct_within_a_token():
+    _, ids, _, _ = make_inputs(SHAPES["A"], 512, seed=3, routing="zipf")
+    counts = ids.flatten().bincount(minlength=128).sort(descending=True).values
+    assert counts[0] > 400 and counts[64] < 32  # balanced: 32 each
+    assert all(len(set(row)) == 8 for row in ids.tolist())
+    with pytest.raises(ValueError, match="routing: expected one of balanced, zipf"):
+        make_inputs(TINY, 1, 0, routing="even")
+
+
+def test_weights_are_the_same_on_every_call_and_differ_between_experts():
+    gate, up, down = make_weights(TINY)
+    again = expert_weights(TINY, 3)
+    assert all(torch.equal(a[3], b) for a, b in zip((gate, up, down), again, strict=True))
+    assert not torch.equal(gate[3], gate[4]) and not torch.equal(gate[3], up[3])
+    assert gate.float().std().item() == pytest.approx(TINY.D**-0.5, rel=0.05)
+
+
+def test_times_of_repeated_calls():
+    parts = worker.repeat(lambda i: (float(i), 1.0), seconds=0.0)
+    assert parts == [[2.0, 3.0, 4.0], [1.0] * 3]  # two calls to warm up
+    median, p20, p80 = worker.quantiles([0.001 * i for i in range(11)])
+    assert (median, p20, p80) == pytest.approx((5.0, 2.0, 8.0))
