@@ -2,7 +2,7 @@
 //   decode        two vectors of 16 floats: column 2p and column 2p + 1 of 16 rows n
 //   decode_pairs  the same in memory order: (n, 2p), (n, 2p + 1) of rows 0 to 7, then of rows 8 to 15; kOrdered says
 //                 that this is the cheaper one
-//   encode        stores two vectors of 16 codes, |code| <= kLargestCode; kSearchesScale: see quantize.h
+//   encode        stores two vectors of 16 codes from kLeastCode to kLargestCode; kSearchesScale: see quantize.h
 // Written once over the vector vocabulary V of the ISA; included inside the variant's namespace.
 #pragma once
 
@@ -31,7 +31,7 @@ struct Int8 {
     even = V::to_f32(V::template shift_right<24>(V::template shift_left<24>(words)));
     odd = V::to_f32(V::template shift_right<8>(words));
   }
-  static constexpr int kLargestCode = 127;
+  static constexpr float kLeastCode = -127, kLargestCode = 127;
   static constexpr bool kSearchesScale = false;
   template <class V>
   static void encode(typename V::I32 even, typename V::I32 odd, uint8_t* pairs) {
@@ -48,7 +48,7 @@ struct Int4 {
     even = V::low_nibble(words);
     odd = V::low_nibble(V::template shift_right<4>(words));
   }
-  static constexpr int kLargestCode = 7;
+  static constexpr float kLeastCode = -8, kLargestCode = 7;
   static constexpr bool kSearchesScale = true;
   template <class V>
   static void encode(typename V::I32 even, typename V::I32 odd, uint8_t* pairs) {

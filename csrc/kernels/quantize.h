@@ -1,8 +1,9 @@
 // Quantise 32 rows of a weight matrix and store them in the packed block layout.
-//   scale = bf16, code = clamp(rint(w / scale), -q, q) per row and group of columns; q = 127 (int8), 7 (int4)
-// int8 takes max|w| / q rounded up to bf16, so that nothing is clipped; int4 takes, of nine fractions of max|w| / q,
-// the one with the least squared error: sum of (code - w / scale)^2, times scale^2, in fp32, added column by column
-// within 32 columns, then block by block. kt_sft/ops/quantize.py is the oracle, bit for bit.
+//   scale = bf16, code = clamp(rint(w / scale), least, most) per row and group of columns
+// int8 (-127 to 127) takes max|w| / 127 rounded up to bf16, so that nothing is clipped. int4 (-8 to 7) gives the scale
+// the sign that makes the code of the largest |w| negative, where there is one code more, and takes the size, of nine,
+// with the least squared error: sum of (code - w / scale)^2, times scale^2, in fp32, added column by column within 32
+// columns, then block by block. kt_sft/ops/quantize.py is the oracle, bit for bit.
 // Rows are lanes: a block of 32 x 32 weights is turned once, after which every step treats 16 rows alike and the codes
 // leave in the order of the block. Included inside the variant's namespace.
 #pragma once
@@ -103,34 +104,44 @@ inline Vec::I32 peak_bits(const float (*w)[kTileRows], Vec::I32 peak) {
 
 // The scales that are tried, three at a time: as many accumulators as registers allow.
 constexpr int kTogether = 3, kTrials = 9;
-constexpr float kFractions[kTrials] = {1.0 / 7,  0.96 / 7, 0.92 / 7, 0.88 / 7, 0.84 / 7,
-                                       0.80 / 7, 0.76 / 7, 0.72 / 7, 0.68 / 7};
+// Of max|w|; the first is rounded up, so that weights of seven equal steps up and down stay exact.
+constexpr float kFractions[kTrials] = {1.0 / 7,  1.04 / 8, 1.00 / 8, 0.95 / 8, 0.90 / 8,
+                                       0.85 / 8, 0.80 / 8, 0.75 / 8, 0.70 / 8};
 
 struct Trials {
   Scale scale[kTrials];
   Vec::F32 error[kTrials];  // in units of scale^2
 };
 
-inline void start_trials(Vec::F32 peak, const Scale& first, Trials& t) {
+// highest: max w per row. Where it is the peak, scales are negative.
+inline void start_trials(Vec::F32 peak, Vec::F32 highest, const Scale& first, Trials& t) {
+  const auto sign = Vec::select_less(highest, peak, Vec::broadcast(1.0f), Vec::broadcast(-1.0f));
   for (int i = 0; i < kTrials; ++i) {
-    t.scale[i] =
+    const Scale s =
         i == 0 ? first : with_inverse(Vec::as_f32(Vec::round_bf16(Vec::mul(peak, Vec::broadcast(kFractions[i])))));
+    t.scale[i] = {Vec::mul(s.value, sign), Vec::mul(s.inverse, sign)};
     t.error[i] = Vec::zero();
   }
 }
 
-// Adds the squared errors of 32 columns. Signs do not matter: rounding is symmetric.
-inline void add_errors(const float (*w)[kTileRows], float largest, Trials& t) {
-  const auto most = Vec::broadcast(largest);
+inline Vec::F32 highest_of(const float (*w)[kTileRows], Vec::F32 highest) {
+  for (int k = 0; k < kBlock; ++k) highest = Vec::max(highest, Vec::load(w[k]));
+  return highest;
+}
+
+// Adds the squared errors of 32 columns.
+template <class Format>
+inline void add_errors(const float (*w)[kTileRows], Trials& t) {
+  const auto least = Vec::broadcast(Format::kLeastCode), most = Vec::broadcast(Format::kLargestCode);
   for (int i = 0; i < kTrials; i += kTogether) {
     Vec::F32 sum[kTogether];
     for (auto& s : sum) s = Vec::zero();
     for (int k = 0; k < kBlock; ++k) {
-      const auto m = magnitude(Vec::load(w[k]));
+      const auto weight = Vec::load(w[k]);
 #pragma GCC unroll 3
       for (int j = 0; j < kTogether; ++j) {
-        const auto exact = Vec::mul(m, t.scale[i + j].inverse);
-        const auto d = Vec::sub(Vec::min(Vec::round(exact), most), exact);
+        const auto exact = Vec::mul(weight, t.scale[i + j].inverse);
+        const auto d = Vec::sub(Vec::max(Vec::min(Vec::round(exact), most), least), exact);
         sum[j] = Vec::add(sum[j], Vec::mul(d, d));
       }
     }
@@ -152,9 +163,11 @@ inline Scale best_trial(const Trials& t) {
   return best;
 }
 
-inline Vec::I32 code(const float* w, Vec::F32 inverse, float largest) {
+template <class Format>
+inline Vec::I32 code(const float* w, Vec::F32 inverse) {
   const auto exact = Vec::mul(Vec::load(w), inverse);
-  return Vec::to_i32(Vec::max(Vec::min(exact, Vec::broadcast(largest)), Vec::broadcast(-largest)));
+  return Vec::to_i32(
+      Vec::max(Vec::min(exact, Vec::broadcast(Format::kLargestCode)), Vec::broadcast(Format::kLeastCode)));
 }
 
 // ---- 32 rows
@@ -171,7 +184,6 @@ inline bool all_finite(Vec::I32 peak) {
 // Block columns [kb0, kb1), one scale per row.
 template <class Format>
 inline bool quantize_group(const QuantizeArgs& a, int kb0, int kb1, uint16_t* scales) {
-  constexpr float kLargest = Format::kLargestCode;
   WeightTile tile;
   const auto each_block = [&](auto&& visit) {
     for (int kb = kb0; kb < kb1; ++kb) {
@@ -181,23 +193,28 @@ inline bool quantize_group(const QuantizeArgs& a, int kb0, int kb1, uint16_t* sc
   };
   if (kb1 - kb0 == 1) load_tile(a, kb0, tile);
   Vec::I32 peak[kStripTiles] = {Vec::splat_i32(0), Vec::splat_i32(0)};
-  each_block([&](int, int half, auto w) { peak[half] = peak_bits(w, peak[half]); });
+  const auto lowest = Vec::broadcast(float_of(0xff800000u));  // -Inf
+  Vec::F32 highest[kStripTiles] = {lowest, lowest};
+  each_block([&](int, int half, auto w) {
+    peak[half] = peak_bits(w, peak[half]);
+    if (Format::kSearchesScale) highest[half] = highest_of(w, highest[half]);
+  });
   Scale scale[kStripTiles];
   Trials trials[kStripTiles];
   for (int half = 0; half < kStripTiles; ++half) {
     if (!all_finite(peak[half])) return false;
-    scale[half] = bf16_at_least(Vec::div(Vec::as_f32(peak[half]), Vec::broadcast(kLargest)));
-    if (Format::kSearchesScale) start_trials(Vec::as_f32(peak[half]), scale[half], trials[half]);
+    scale[half] = bf16_at_least(Vec::div(Vec::as_f32(peak[half]), Vec::broadcast(Format::kLargestCode)));
+    if (Format::kSearchesScale) start_trials(Vec::as_f32(peak[half]), highest[half], scale[half], trials[half]);
   }
   if (Format::kSearchesScale) {
-    each_block([&](int, int half, auto w) { add_errors(w, kLargest, trials[half]); });
+    each_block([&](int, int half, auto w) { add_errors<Format>(w, trials[half]); });
     for (int half = 0; half < kStripTiles; ++half) scale[half] = best_trial(trials[half]);
   }
   each_block([&](int kb, int half, auto w) {
     auto* pairs = const_cast<uint8_t*>(a.dst->block(a.nb, kb)) + half * kTileRows * Format::kPairBytes;
     for (int k = 0; k < kBlock; k += 2, pairs += kBlock * Format::kPairBytes)
-      Format::template encode<Vec>(code(w[k], scale[half].inverse, kLargest),
-                                   code(w[k + 1], scale[half].inverse, kLargest), pairs);
+      Format::template encode<Vec>(code<Format>(w[k], scale[half].inverse), code<Format>(w[k + 1], scale[half].inverse),
+                                   pairs);
   });
   for (int half = 0; half < kStripTiles; ++half)
     Vec::store_low16(scales + half * kTileRows, Vec::shift_right<16>(Vec::bits(scale[half].value)));

@@ -1,8 +1,9 @@
 """Symmetric quantisation of weight matrices to int8 and int4 codes with bf16 scales, as the oracle of the kernels' own.
 
-For every row n and group g of ``group_size`` columns:  code = clamp(round(w / scale), -q, q),  w ~ bf16(code * scale),
-q = 127 (int8) or 7 (int4). int8 takes scale = max|w| / q, rounded up to bf16 so that nothing is clipped; int4 takes,
-of nine fractions of that maximum, the one with the least squared error in its group.
+For every row n and group g of ``group_size`` columns:  code = clamp(round(w / scale), lo, hi),  w ~ bf16(code * scale).
+int8: codes -127 to 127, scale = max|w| / 127, rounded up to bf16 so that nothing is clipped. int4: codes -8 to 7; the
+scale has the sign that makes the code of the largest |w| negative, where there is one code more, and of nine sizes the
+one with the least squared error in its group.
 Shape suffixes: N rows, K columns, G groups.
 """
 
@@ -11,10 +12,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-QMAX = {"int8": 127, "int4": 7}
+CODES = {"int8": (-127, 127), "int4": (-8, 7)}
 DEFAULT_GROUP_SIZE = {"bf16": 0, "int8": 0, "int4": 32}  # 0: per channel
 _BLOCK = 32  # columns of a weight block
-_INT4_FRACTIONS = (1.0, 0.96, 0.92, 0.88, 0.84, 0.8, 0.76, 0.72, 0.68)
+_INT4_FRACTIONS = (1.04, 1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7)  # of max|w| / 8, besides max|w| / 7 rounded up
 
 
 def resolve_group_size(weight_format: str, group_size: int | None) -> int:
@@ -68,19 +69,22 @@ def quantize(w_NK: Tensor, weight_format: str, group_size: int) -> tuple[Tensor,
     peak_NG1 = w_NGg.abs().amax(-1, keepdim=True)
     if not torch.isfinite(peak_NG1).all():
         raise ValueError("weights: expected finite values, got NaN or Inf")
-    qmax = QMAX[weight_format]
+    least, most = CODES[weight_format]
 
     def codes_for(scale_NG1: Tensor) -> tuple[Tensor, Tensor]:
-        inverse_NG1 = torch.where(scale_NG1 >= torch.finfo(torch.float32).tiny, 1.0 / scale_NG1, 0.0)
+        inverse_NG1 = torch.where(scale_NG1.abs() >= torch.finfo(torch.float32).tiny, 1.0 / scale_NG1, 0.0)
         exact_NGg = w_NGg * inverse_NG1
-        return exact_NGg.round().clamp_(-qmax, qmax), exact_NGg
+        return exact_NGg.round().clamp_(least, most), exact_NGg
 
-    scale_NG1 = _bf16_ceil(peak_NG1 / qmax).float()
+    scale_NG1 = _bf16_ceil(peak_NG1 / most).float()
+    if weight_format == "int4":
+        sign_NG1 = torch.where(w_NGg.amax(-1, keepdim=True) < peak_NG1, 1.0, -1.0)
+        scale_NG1 = scale_NG1 * sign_NG1
     codes_NGg, exact_NGg = codes_for(scale_NG1)
     if weight_format == "int4":
         best_NG1 = _squared_error(exact_NGg, codes_NGg, scale_NG1)
-        for fraction in _INT4_FRACTIONS[1:]:
-            trial_NG1 = (peak_NG1 * (fraction / qmax)).to(torch.bfloat16).float()
+        for fraction in _INT4_FRACTIONS:
+            trial_NG1 = (peak_NG1 * (fraction / 8)).to(torch.bfloat16).float() * sign_NG1
             trial_codes, exact_NGg = codes_for(trial_NG1)
             error_NG1 = _squared_error(exact_NGg, trial_codes, trial_NG1)
             better = error_NG1 < best_NG1
