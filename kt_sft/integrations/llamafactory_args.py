@@ -146,7 +146,13 @@ _REFUSALS = (
         "finetuning_type: lora",
         True,
     ),
-    _Refusal("finetuning", "stage", lambda v: v in ("rm", "ppo"), "value heads are not supported yet", "stage: sft"),
+    _Refusal(
+        "finetuning",
+        "stage",
+        lambda v: v == "ppo",
+        "PPO of LLaMA-Factory 0.9.5 needs trl 0.9.6 or older, everything else of it a newer one",
+        "stage: dpo or kto",
+    ),
     _Refusal(
         "finetuning", "use_dora", _set, "DoRA needs the norm of merged dense experts", "plain LoRA or use_rslora: true"
     ),
