@@ -69,7 +69,7 @@ def test_adapters_with_whole_modules_cannot_lie_below(workspace: Any, given: dic
 def jobs(workspace: Any, given: dict[str, str]) -> dict[str, Any]:
     """Everything through LLaMA-Factory, in one process."""
     both = f"{given['a']},{given['b']}"
-    plain = {"lora_dropout": 0.0, "max_steps": 2, "bf16": None, "save_strategy": "no"}
+    plain = {"lora_dropout": 0.0, "max_steps": 2, "save_strategy": "no"}
     sets = {
         "attention": {"lora_target": "q_proj,v_proj"},
         "experts": {"lora_target": "experts"},
