@@ -77,9 +77,10 @@ def put_below(model: Any, paths: list[str], **options: Any) -> None:
     layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
     for layer in layers:
         layer._active_adapter = ["default", *names]
+        dropouts: Any = getattr(layer, "lora_dropout", {})
         for name in names:
-            if name in layer.lora_dropout:
-                layer.lora_dropout[name] = nn.Identity()  # as if merged
+            if name in dropouts:
+                dropouts[name] = nn.Identity()  # as if merged
     model.disable_adapter = functools.partial(_without_default, model, names)
     model.save_pretrained = functools.partial(model.save_pretrained, selected_adapters=["default"])
     logger.info("Frozen below the adapter: %s. Give them together when you use it.", ", ".join(paths))

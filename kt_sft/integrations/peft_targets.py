@@ -72,8 +72,8 @@ def _refuse_saving_experts(config: Any, model: nn.Module) -> None:
         for path in experts_modules(model):
             if re.search(rf"(?:^|\.){re.escape(name)}(?:\.|$)", path):
                 raise ValueError(
-                    f"modules_to_save (additional_target): expected modules without routed experts, got {name!r}, which "
-                    f"holds {path}; packed experts are frozen, adapt them with target_modules (lora_target: experts)"
+                    f"modules_to_save (additional_target): expected modules without routed experts, got {name!r}, "
+                    f"which holds {path}; packed experts are frozen: adapt them by target_modules (lora_target)"
                 )
 
 
@@ -136,5 +136,3 @@ def _translate_parameters(config: Any, model: nn.Module) -> None:
         config.target_modules = rf"(?:{config.target_modules})|{_rewrite_list(experts, list(names))}"
     else:
         config.target_modules = {*(config.target_modules or ()), *experts}
-
-

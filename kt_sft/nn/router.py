@@ -63,7 +63,7 @@ class RouterLora(nn.Module, LoraLayer):
         terms = []
         for name in active:
             a, b = self.lora_A[name], self.lora_B[name]
-            dropped = self.lora_dropout[name](x.to(a.weight.dtype))  # type: ignore[union-attr, arg-type]
+            dropped = self.lora_dropout[name](self._cast_input_dtype(x, a.weight.dtype))
             terms.append(b(a(dropped)) * self.scaling[name])
         return torch.stack(terms).sum(0) if len(terms) > 1 else terms[0]
 

@@ -1,4 +1,4 @@
-"""The router's load-balancing loss is transformers' own: same value and gradients with packed experts; where it works."""
+"""The router's load-balancing loss is transformers' own: same value and gradients with packed experts."""
 
 from __future__ import annotations
 

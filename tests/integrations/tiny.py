@@ -1,4 +1,4 @@
-"""A tiny random Qwen3-MoE checkpoint, its tokenizer, adapters and data sets in the hub's layout, without any download."""
+"""A tiny random Qwen3-MoE checkpoint, its tokenizer, adapters and data in the hub's layout, without any download."""
 
 from __future__ import annotations
 
