@@ -62,9 +62,9 @@ class RouterLora(nn.Module, LoraLayer):
         """x (..., D) -> (..., E): the adapters' term."""
         terms = []
         for name in active:
-            a, b = self.lora_A[name], self.lora_B[name]
+            a: Any = self.lora_A[name]
             dropped = self.lora_dropout[name](self._cast_input_dtype(x, a.weight.dtype))
-            terms.append(b(a(dropped)) * self.scaling[name])
+            terms.append(self.lora_B[name](a(dropped)) * self.scaling[name])
         return torch.stack(terms).sum(0) if len(terms) > 1 else terms[0]
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> NoReturn:
