@@ -61,10 +61,11 @@ class Case(NamedTuple):
 
 
 def makes_sense(case: Case) -> bool:
-    """Variants other than the dtype belong to sft; the Trainer multiplies the router's loss by the accumulation."""
-    return case.variant in ("fp32", "bf16") or (
-        case.stage == "sft" and not (case.variant == "aux_loss" and case.accumulate > 1)
-    )
+    """Variants other than the dtype belong to sft. The router's loss is multiplied by the accumulation (Trainer) and
+    has no gradient under reentrant checkpointing (transformers 5), which kt_sft refuses."""
+    if case.variant == "aux_loss" and (case.accumulate > 1 or case.checkpointing == "reentrant"):
+        return False
+    return case.stage == "sft" or case.variant in ("fp32", "bf16")
 
 
 def fits(case: Case, launcher: str) -> bool:

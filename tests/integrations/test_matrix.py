@@ -18,6 +18,7 @@ from typing import Any
 
 import matrix
 import pytest
+import torch
 import yaml
 from matrix import Case
 from safetensors.torch import load_file
@@ -80,18 +81,23 @@ class Runs:
         if not new:
             return
         processes = 1 if launcher in ("stock", "single") else 2
-        jobs = []
-        for case in new:
-            output = self.folder / launcher
-            args = matrix.arguments(case, self.folder, output, packed=launcher != "stock", processes=processes)
-            if launcher.startswith("zero"):
-                args["deepspeed"] = str(ROOT / "configs" / "deepspeed" / f"{launcher}.json")
-            jobs.append({"verb": "train", "args": args})
-        path = self.folder / f"{launcher}.json"
-        path.write_text(json.dumps(jobs))
-        command, environment = self._launch(launcher)
-        self.workspace.run(*command, DRIVER, str(path), timeout=300 + 20 * len(new), **environment)
+        packed = launcher != "stock"
+        output = self.folder / launcher
+        self.train(
+            launcher,
+            [matrix.arguments(case, self.folder, output, packed=packed, processes=processes) for case in new],
+        )
         done.update(new)
+
+    def train(self, launcher: str, arguments: Sequence[dict[str, Any]]) -> None:
+        """One LLaMA-Factory training after another under this launcher."""
+        more = {}
+        if launcher.startswith("zero"):
+            more["deepspeed"] = str(ROOT / "configs" / "deepspeed" / f"{launcher}.json")
+        path = self.folder / f"{launcher}.json"
+        path.write_text(json.dumps([{"verb": "train", "args": {**args, **more}} for args in arguments]))
+        command, environment = self._launch(launcher)
+        self.workspace.run(*command, DRIVER, str(path), timeout=300 + 20 * len(arguments), **environment)
 
     def _launch(self, launcher: str) -> tuple[list[str], dict[str, str]]:
         path = self.workspace.env()["PYTHONPATH"]
@@ -191,3 +197,19 @@ def test_all_combinations_in_two_processes(runs: Runs, launcher: str) -> None:
     needs(launcher)
     cases = [case for case in combinations(["fp32", "bf16", "packing"]) if matrix.fits(case, launcher)]
     runs.check_two_processes(launcher, cases)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", ["ddp", "fsdp2", "zero1", "zero2"])
+def test_resume_in_two_processes(runs: Runs, launcher: str) -> None:
+    """Four steps, and the last two again from the checkpoint, bit for bit."""
+    needs(launcher)
+    output = runs.folder / f"resume_{launcher}"
+    args = matrix.arguments(Case("sft"), runs.folder, output, packed=True, processes=2)
+    args |= {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "optim": "adamw_torch", "learning_rate": 1e-2}
+    whole, again = ({**args, "output_dir": str(output / name)} for name in ("whole", "again"))
+    runs.train(launcher, [whole, {**again, "resume_from_checkpoint": f"{whole['output_dir']}/checkpoint-2"}])
+    losses, resumed = (runs.workspace.losses(str(output / name)) for name in ("whole", "again"))
+    assert resumed == {step: losses[step] for step in (3, 4)}
+    first, second = (load_file(output / name / "adapter_model.safetensors") for name in ("whole", "again"))
+    assert [name for name in first if not torch.equal(first[name], second[name])] == []
