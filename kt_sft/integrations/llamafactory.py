@@ -22,6 +22,7 @@ from typing import Any
 from kt_sft.config import KtConfig
 
 from . import hooks
+from .accelerate import accept_numbered_cpus
 from .interrupt import ending_cleanly
 from .llamafactory_adapters import keeping_adapters_apart
 from .llamafactory_args import Args, refuse_unsupported, resolve, take_settings
@@ -128,6 +129,7 @@ def patch_loader(loader: Any) -> None:
         from . import peft
 
         peft.install()
+        accept_numbered_cpus()
         if is_trainable:
             _check_router_loss(loader, model_args)
         _share_cores(config)
