@@ -69,7 +69,12 @@ def makes_sense(case: Case) -> bool:
 
 
 def fits(case: Case, launcher: str) -> bool:
-    """LLaMA-Factory turns reentrant checkpointing off under FSDP2; reward training is refused there."""
+    """The combinations for two processes: what they share with one process is not multiplied again."""
+    if case.accumulate > 1 and case.stage != "sft":
+        return False
+    if case.variant == "bf16" and (case.checkpointing, case.activation) != ("store", "retain"):
+        return False
+    # under FSDP2 LLaMA-Factory turns reentrant checkpointing off, and reward training is refused
     return launcher != "fsdp2" or (case.checkpointing != "reentrant" and case.stage != "rm")
 
 

@@ -32,7 +32,7 @@ DEEPSPEED = OVERLAYS / "deepspeed"
 DRIVER = str(Path(__file__).with_name("driver.py"))
 
 LOSS_LIMIT = 1e-2
-CHANGE_LIMIT = {"fp32": 2e-2, "bf16": 1e-1}  # of the variant; bf16 rounds activations to three digits on both sides
+CHANGE_LIMIT = {"fp32": 2e-2, "bf16": 5e-2}  # of the variant; bf16 rounds activations to three digits on both sides
 EXACT = {"loss": 1e-4, "change": 5e-3}  # two processes in fp32: the order of sums differs, nothing else
 
 # every stage, variant, checkpointing and activation policy; the slow tests take the combinations
