@@ -7,7 +7,7 @@ Steps, each skipped when its inputs have not changed since it last succeeded (st
     audio      torchaudio and torchvision: the real ones beside CUDA, stand-ins on a CPU-only machine
     packages   requirements.txt
     kt_sft     this package, editable; compiles the C++ extension
-    overlays   other transformers releases for the compatibility tests (only with --overlays)
+    overlays   other transformers releases and DeepSpeed, each in a folder of its own (only with --overlays)
 
     python3 scripts/setup_env.py [--overlays]
 """
@@ -32,10 +32,11 @@ LOG = VENV / "setup.log"
 OVERLAYS = ROOT / ".cache" / "overlays"
 MINIMUM_PYTHON = (3, 10)
 TORCH = "torch==2.13.0"
-# Each release with what it needs beyond the main environment's packages.
-TRANSFORMERS_OVERLAYS = {
-    "4.57.6": ["transformers==4.57.6", "huggingface-hub==0.36.0"],
-    "5.23.0": ["transformers==5.23.0", "tokenizers>=0.23.1,<0.24"],
+# Folder of each with what it needs beyond the main environment's packages.
+OVERLAY_PACKAGES = {
+    "transformers-4.57.6": ["transformers==4.57.6", "huggingface-hub==0.36.0"],
+    "transformers-5.23.0": ["transformers==5.23.0", "tokenizers>=0.23.1,<0.24"],
+    "deepspeed": ["deepspeed==0.19.8", "hjson", "py-cpuinfo", "msgpack", "einops"],
 }
 
 
@@ -111,10 +112,12 @@ def install_kt_sft() -> None:
     pip("install", "--no-deps", "--no-build-isolation", "-e", ".", PATH=path)
 
 
-def install_overlay(version: str) -> None:
-    target = OVERLAYS / f"transformers-{version}"
+def install_overlay(name: str) -> None:
+    """DeepSpeed has no wheel: it is built without its CUDA operators, beside the torch that is there."""
+    target = OVERLAYS / name
     shutil.rmtree(target, ignore_errors=True)
-    pip("install", "--no-deps", "--target", str(target), *TRANSFORMERS_OVERLAYS[version])
+    options = ["--no-deps", "--no-build-isolation", "--target", str(target)]
+    pip("install", *options, *OVERLAY_PACKAGES[name], DS_BUILD_OPS="0")
 
 
 def digest(inputs: Iterable[Path | str]) -> str:
@@ -149,7 +152,9 @@ def step(name: str, inputs: Iterable[Path | str], action: Callable[[], None]) ->
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--overlays", action="store_true", help="also the transformers releases of the compatibility tests"
+        "--overlays",
+        action="store_true",
+        help="also what some tests need: other transformers releases, DeepSpeed",
     )
     options = parser.parse_args()
     if tuple(sys.version_info) < MINIMUM_PYTHON:
@@ -164,8 +169,8 @@ def main() -> int:
         step("audio", [TORCH, cuda, ROOT / "scripts" / "stubs"], install_audio)
         step("packages", [TORCH, requirements], install_packages)
         step("kt_sft", sources, install_kt_sft)
-        for version, packages in TRANSFORMERS_OVERLAYS.items() if options.overlays else ():
-            step(f"transformers-{version}", packages, lambda version=version: install_overlay(version))
+        for name, packages in OVERLAY_PACKAGES.items() if options.overlays else ():
+            step(name, packages, lambda name=name: install_overlay(name))
     except SetupError as error:
         say(str(error))
         return 1

@@ -5,6 +5,8 @@
 * accelerate < 1.15, FSDP2 + PEFT + FULL_STATE_DICT: stock code saves only rank 0's shard of every adapter tensor and
   loads it on rank 0 only. Both directions go through torch.distributed.checkpoint instead, which gathers and
   broadcasts whole tensors.
+* Several processes on CPUs: Accelerate names their devices ``cpu:0``, ``cpu:1`` ..., a location that ``torch.load``
+  refuses, so that the Trainer could not resume its optimizer.
 """
 
 from __future__ import annotations
@@ -53,6 +55,17 @@ def patch_fsdp_utils(fsdp_utils: Any) -> None:
         return
     fsdp_utils._get_model_state_dict = _saving_all_shards(fsdp_utils._get_model_state_dict)
     fsdp_utils._set_model_state_dict = _loading_all_shards(fsdp_utils._set_model_state_dict)
+
+
+@functools.cache
+def accept_numbered_cpus() -> None:
+    """Teach ``torch.load`` the map_location ``cpu:<n>``: it is the host's memory."""
+    import torch
+
+    def restore(storage: Any, location: str) -> Any:
+        return storage if location.startswith("cpu:") else None
+
+    torch.serialization.register_package(0, lambda storage: None, restore)
 
 
 def _accelerate_version() -> tuple[int, ...]:

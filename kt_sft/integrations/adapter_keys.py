@@ -36,13 +36,14 @@ def to_portable(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]
         for name in experts.names
         for factor in FACTORS
     }
+    own_to_hub = {own: hub for own, hub in _blocks(model) if own != hub}
     out: dict[str, Tensor] = {}
     for key, value in state.items():
         if key in owners and not hasattr(value, "device_mesh"):
             base, leaf = owners[key]
             out.update({f"{base}.{e}.{leaf}": matrix.clone() for e, matrix in enumerate(value.unbind(0))})
         else:
-            out[key] = value
+            out[_moved(key, own_to_hub)] = value
     return out
 
 
@@ -53,7 +54,22 @@ def from_files(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
         for base in dict.fromkeys((hub_path(path, experts), path)):
             _take_per_expert(state, base, path, experts)
             _take_fused(state, base, path, experts)
-    return state
+    hub_to_own = {hub: own for own, hub in _blocks(model) if own != hub}
+    return {_moved(key, hub_to_own): value for key, value in state.items()}
+
+
+def _blocks(model: nn.Module) -> list[tuple[str, str]]:
+    """(path, path in the checkpoint) of every block with packed experts, so that its router goes along."""
+    pairs = [(path, hub_path(path, experts)) for path, experts in experts_modules(model).items()]
+    return [(own.rpartition(".")[0], hub.rpartition(".")[0]) for own, hub in pairs]
+
+
+def _moved(key: str, prefixes: dict[str, str]) -> str:
+    """``key`` with the first of ``prefixes`` that it starts with exchanged."""
+    for old, new in prefixes.items():
+        if key.startswith(f"{old}.") and ".experts." not in key.removeprefix(old):
+            return new + key.removeprefix(old)
+    return key
 
 
 def _take_per_expert(state: dict[str, Tensor], base: str, path: str, experts: KtExperts) -> None:

@@ -3,7 +3,7 @@
 Patched (see hooks.PATCHES):
     hparams.parser   ``use_kt`` needs no fork; kt_* keys and ``kt_config`` become a KtConfig, checked before loading
     model.loader     ``load_model`` builds parameter-free experts and fills them from the checkpoint's shards
-    model.adapter    ``lora_target: all`` includes the routed experts
+    model.adapter    ``lora_target: all`` includes the routed experts; several adapters are kept apart, not merged
     train.tuner      ``export_model`` says what to do instead; Ctrl-C ends a training cleanly
 
 Loading and training without ``use_kt`` are untouched. The settings of the last parse belong to the process
@@ -22,7 +22,9 @@ from typing import Any
 from kt_sft.config import KtConfig
 
 from . import hooks
+from .accelerate import accept_numbered_cpus
 from .interrupt import ending_cleanly
+from .llamafactory_adapters import keeping_adapters_apart
 from .llamafactory_args import Args, refuse_unsupported, resolve, take_settings
 
 logger = logging.getLogger(__name__)
@@ -127,6 +129,9 @@ def patch_loader(loader: Any) -> None:
         from . import peft
 
         peft.install()
+        accept_numbered_cpus()
+        if is_trainable:
+            _check_router_loss(loader, model_args)
         _share_cores(config)
         _prefer_native_classes(model_args)
         model_dir = _local_checkpoint(loader, model_args)
@@ -154,6 +159,16 @@ def _share_cores(config: KtConfig) -> None:
         native.set_num_threads(config.num_threads)
     elif local_processes > 1:
         native.set_num_threads(max(1, native.num_threads() // local_processes))
+
+
+def _check_router_loss(loader: Any, model_args: Any) -> None:
+    """``moe_aux_loss_coef`` means something only where transformers computes such a loss."""
+    config = loader.load_config(model_args) if getattr(model_args, "moe_aux_loss_coef", None) else None
+    if config is not None and not hasattr(config, "router_aux_loss_coef"):
+        raise ValueError(
+            f"moe_aux_loss_coef: expected a model with a router loss in transformers (such as mixtral, qwen3_moe, "
+            f"olmoe), got {config.model_type}; remove moe_aux_loss_coef"
+        )
 
 
 def _prefer_native_classes(model_args: Any) -> None:
@@ -205,7 +220,8 @@ def describe(model: Any) -> str:
 
 
 def patch_adapter(adapter: Any) -> None:
-    """Add the routed experts to what ``lora_target: all`` finds."""
+    """Add the routed experts to what ``lora_target: all`` finds; keep several adapters apart instead of merging."""
+    adapter._setup_lora_tuning = keeping_adapters_apart(adapter._setup_lora_tuning, lambda: _active is not None)
     stock_find = adapter.find_all_linear_modules
 
     @functools.wraps(stock_find)
@@ -213,12 +229,13 @@ def patch_adapter(adapter: Any) -> None:
         names = stock_find(model, freeze_vision_tower)
         if _active is None:
             return names
-        from .peft import expert_target_names
+        from .peft_targets import expert_target_names, uncalled_routers
 
         experts = [name for name in expert_target_names(model) if name not in names]
         if experts:
             logger.info("lora_target: all includes the routed experts (%s).", ",".join(experts))
-        return names + experts
+        uncalled = {path.rpartition(".")[2] for path in uncalled_routers(model)}
+        return [name for name in names if name not in uncalled] + experts
 
     adapter.find_all_linear_modules = find_all_linear_modules
 

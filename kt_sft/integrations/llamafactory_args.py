@@ -16,6 +16,8 @@ from typing import Any, NamedTuple
 
 from kt_sft.config import KtConfig
 
+from .llamafactory_adapters import adapters_below
+
 logger = logging.getLogger(__name__)
 
 Args = dict[str, Any] | list[str]
@@ -146,7 +148,13 @@ _REFUSALS = (
         "finetuning_type: lora",
         True,
     ),
-    _Refusal("finetuning", "stage", lambda v: v in ("rm", "ppo"), "value heads are not supported yet", "stage: sft"),
+    _Refusal(
+        "finetuning",
+        "stage",
+        lambda v: v == "ppo",
+        "PPO of LLaMA-Factory 0.9.5 needs trl 0.9.6 or older, everything else of it a newer one",
+        "stage: dpo or kto",
+    ),
     _Refusal(
         "finetuning", "use_dora", _set, "DoRA needs the norm of merged dense experts", "plain LoRA or use_rslora: true"
     ),
@@ -172,13 +180,6 @@ _REFUSALS = (
         "kt_sft serves through transformers",
         "infer_backend: huggingface, or this backend without use_kt",
     ),
-    _Refusal(
-        "model",
-        "adapter_name_or_path",
-        lambda v: v is not None and len(v) > 1,
-        "adapters cannot be merged into packed experts",
-        "one adapter",
-    ),
     _Refusal("training", "fp8", _set, "FP8 training replaces the linear layers", "bf16: true"),
 )
 
@@ -196,11 +197,8 @@ def refuse_unsupported(model_args: Any, finetuning_args: Any, training_args: Any
         if value is None or (training_only and not training) or not bad(value):
             continue
         raise ValueError(f"{name}: {value!r} cannot be used with {SWITCH}: {reason}. Use {remedy}.")
-    if training and model_args.adapter_name_or_path and finetuning_args.create_new_adapter:
-        raise ValueError(
-            f"create_new_adapter: True cannot be used with {SWITCH} and adapter_name_or_path: the given adapter would "
-            "have to be merged into packed experts. Use create_new_adapter: false to continue it."
-        )
+    if training:
+        _refuse_combinations(model_args, finetuning_args, training_args)
     if training_args is not None and _zero3():
         raise ValueError(
             f"DeepSpeed ZeRO-3 cannot be used with {SWITCH}: it partitions every module's parameters on its own. "
@@ -213,10 +211,49 @@ def refuse_unsupported(model_args: Any, finetuning_args: Any, training_args: Any
         )
 
 
+def _refuse_combinations(model_args: Any, finetuning_args: Any, training_args: Any) -> None:
+    below = adapters_below(model_args.adapter_name_or_path or [], finetuning_args.create_new_adapter)
+    if below and finetuning_args.lora_dropout > 0:
+        raise ValueError(
+            f"lora_dropout: {finetuning_args.lora_dropout} cannot be used with {SWITCH} while a frozen adapter "
+            f"({below[0]}) stays below the trained one: the experts take one dropout for all. Use lora_dropout: 0."
+        )
+    if finetuning_args.stage == "rm" and _fsdp(training_args):
+        raise ValueError(
+            "stage: 'rm' cannot be used with FSDP2: trl's value-head model hides all other weights from the state "
+            "dict that Accelerate shards. Use DDP (torchrun, configs/accelerate/ddp_cpu.yaml) or DeepSpeed ZeRO-2 "
+            "(deepspeed: configs/deepspeed/zero2.json)."
+        )
+    if model_args.moe_aux_loss_coef:
+        _refuse_ineffective_router_loss(model_args, finetuning_args, training_args)
+
+
+def _refuse_ineffective_router_loss(model_args: Any, finetuning_args: Any, training_args: Any) -> None:
+    import transformers
+
+    said = f"moe_aux_loss_coef: {model_args.moe_aux_loss_coef} would change nothing"
+    if finetuning_args.stage not in ("pt", "sft"):
+        raise ValueError(
+            f"{said} in stage {finetuning_args.stage}: LLaMA-Factory computes this stage's loss from the logits alone. "
+            "Remove moe_aux_loss_coef, or use stage: sft or pt."
+        )
+    reentrant = model_args.use_reentrant_gc and not model_args.disable_gradient_checkpointing
+    if reentrant and not _fsdp(training_args) and int(transformers.__version__.split(".")[0]) >= 5:
+        raise ValueError(
+            f"{said} with use_reentrant_gc: true: transformers 5 records the router's logits where reentrant "
+            "checkpointing has gradients off. Use use_reentrant_gc: false (or disable_gradient_checkpointing: true)."
+        )
+
+
 def _zero3() -> bool:
     from transformers.integrations import is_deepspeed_zero3_enabled
 
     return is_deepspeed_zero3_enabled()
+
+
+def _fsdp(training_args: Any) -> bool:
+    by_launcher = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() in ("true", "1")
+    return by_launcher or bool(training_args.fsdp)
 
 
 def _fsdp1(training_args: Any) -> bool:

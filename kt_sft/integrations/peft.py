@@ -2,7 +2,8 @@
 
 ``install()`` (idempotent) wraps these PEFT functions; models without packed experts go through unchanged:
 
-- ``LoraModel._create_new_module``: a placeholder projection of ``KtExperts`` gets an ``ExpertsLinearLora``;
+- ``LoraModel._create_new_module``: a placeholder projection of ``KtExperts`` gets an ``ExpertsLinearLora``, a router
+  that is not a Linear a ``RouterLora``;
 - ``LoraModel.inject_adapter``: understands ``target_modules="all-linear"``, the name ``experts``, and adapters that
   were trained with ``target_parameters``. Names such as ``gate_proj`` (Mixtral: ``w1``) need no help: they are the
   names of the placeholders, so PEFT matches routed experts, shared experts and dense MLPs alike;
@@ -22,8 +23,8 @@ from __future__ import annotations
 
 import importlib
 import os
-import re
 import sys
+import weakref
 from functools import wraps
 from typing import Any
 
@@ -31,8 +32,10 @@ from torch import nn
 
 from ..nn.experts import KtExpertsLinear
 from .adapter_keys import experts_modules, from_files, to_portable
+from .peft_targets import expand_targets, expert_target_names, routers
 
 _MARK = "_kt_sft_wrapped"
+_routers: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # of models with packed experts, where not a Linear
 
 
 def install() -> None:
@@ -50,12 +53,6 @@ def install() -> None:
     _replace_everywhere(save_and_load.get_peft_model_state_dict, _wrap_get(save_and_load.get_peft_model_state_dict))
     _replace_everywhere(save_and_load.set_peft_model_state_dict, _wrap_set(save_and_load.set_peft_model_state_dict))
     _leave_names_alone()
-
-
-def expert_target_names(model: nn.Module) -> list[str]:
-    """Module names that target the routed experts of this model: what "all linear layers" must include."""
-    names = [name for experts in experts_modules(model).values() for name in experts.names]
-    return list(dict.fromkeys(names))
 
 
 def _replace_everywhere(original: Any, wrapped: Any) -> None:
@@ -96,6 +93,10 @@ def _wrap_create(original: Any) -> Any:
 
         if isinstance(target, KtExpertsLinear):
             return ExpertsLinearLora(target, adapter_name, kwargs["r"], kwargs["lora_alpha"], lora_config)
+        if target in _routers:
+            from ..nn.router import RouterLora
+
+            return RouterLora(target, adapter_name, kwargs["r"], kwargs["lora_alpha"], lora_config)
         return original(lora_config, adapter_name, target, **kwargs)
 
     return create_new_module
@@ -106,70 +107,12 @@ def _wrap_inject(original: Any) -> Any:
     def inject_adapter(self: Any, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         names = expert_target_names(model)
         if names:
-            _expand_targets(self.peft_config[adapter_name], model, names)
+            expand_targets(self.peft_config[adapter_name], model, names)
+            _routers.update(routers(model).values())
         original(self, model, adapter_name, *args, **kwargs)
 
     setattr(inject_adapter, _MARK, True)
     return inject_adapter
-
-
-def _expand_targets(config: Any, model: nn.Module, names: list[str]) -> None:
-    """Rewrite the settings that name routed experts so that they mean the same here and on transformers 4."""
-    from peft.tuners import tuners_utils
-
-    _translate_parameters(config, model)
-    if isinstance(config.target_modules, str) and config.target_modules.lower() == "all-linear":
-        tuners_utils._maybe_include_all_linear_layers(config, model)
-        experts = {f"{path}.{name}" for path, m in experts_modules(model).items() for name in m.names}
-        config.target_modules = (set(config.target_modules) - experts) | set(names)
-    config.target_modules = _rewrite_list(config.target_modules, names)
-    config.exclude_modules = _rewrite_list(config.exclude_modules, names)
-    for patterns in (config.rank_pattern, config.alpha_pattern):
-        for key in list(patterns):
-            pattern = _experts_pattern(key, names)
-            if pattern:
-                patterns[pattern] = patterns.pop(key)
-
-
-def _rewrite_list(targets: Any, names: list[str]) -> Any:
-    """A list with entries such as ``experts`` or ``experts.gate_proj`` -> one regular expression; others unchanged."""
-    if not isinstance(targets, (list, set, tuple)):
-        return targets
-    patterns = {target: _experts_pattern(target, names) for target in targets}
-    if not any(patterns.values()):
-        return targets
-    return rf"(?:.*\.)?(?:{'|'.join(sorted(pattern or re.escape(target) for target, pattern in patterns.items()))})"
-
-
-def _experts_pattern(target: str, names: list[str]) -> str | None:
-    """``[...mlp.]experts[.3][.gate_proj]`` -> a pattern for the placeholders and for per-expert Linears; else None.
-
-    The parent block may be named otherwise in transformers 4 (Mixtral), so its name is left open.
-    """
-    match = re.fullmatch(r"(?:(?:(?P<head>.*)\.)?\w+\.)?experts(?:\.\d+)?(?:\.(?P<name>\w+))?", target)
-    if match is None or match["name"] not in (None, *names):
-        return None
-    head = re.escape(match["head"]) + r"\.\w+\." if match["head"] else ""
-    return rf"{head}experts(?:\.\d+)?\.(?:{match['name'] or '|'.join(names)})"
-
-
-def _translate_parameters(config: Any, model: nn.Module) -> None:
-    """``target_parameters: [mlp.experts.gate_up_proj, mlp.experts.down_proj]`` -> the same experts as modules."""
-    roles = {"gate_up_proj": ("gate", "up"), "down_proj": ("down",)}
-    parameters = set(config.target_parameters or ())
-    fused = {p for p in parameters if re.fullmatch(r"(.*\.)?experts\.(gate_up_proj|down_proj)", p)}
-    if not fused:
-        return
-    names = next(iter(experts_modules(model).values())).names
-    experts = [f"experts.{getattr(names, role)}" for p in sorted(fused) for role in roles[p.rpartition(".")[2]]]
-    config.target_parameters = sorted(parameters - fused) or None
-    for patterns in (config.rank_pattern, config.alpha_pattern):
-        for key in [key for key in patterns if key.endswith("gate_up_proj")]:
-            patterns[f"{key.removesuffix('gate_up_proj')}(?:{names.gate}|{names.up})"] = patterns.pop(key)
-    if isinstance(config.target_modules, str):
-        config.target_modules = rf"(?:{config.target_modules})|{_rewrite_list(experts, list(names))}"
-    else:
-        config.target_modules = {*(config.target_modules or ()), *experts}
 
 
 def _wrap_get(original: Any) -> Any:

@@ -57,7 +57,7 @@ class ExpertsLinearLora(nn.Module, LoraLayer):
         lora_dropout, inference_mode = settings["lora_dropout"], settings.get("inference_mode", False)
         if r <= 0:
             raise ValueError(f"r: expected a positive rank, got {r}; set lora_rank to at least 1")
-        _refuse_variants(init_lora_weights, settings)
+        refuse_variants(init_lora_weights, settings)
         base: Any = self.get_base_layer()
         self.r[adapter_name] = r
         self.lora_alpha[adapter_name] = lora_alpha
@@ -123,12 +123,12 @@ _VARIANTS = (
 )
 
 
-def _refuse_variants(init_lora_weights: bool | str, settings: dict[str, Any]) -> None:
+def refuse_variants(init_lora_weights: bool | str, settings: dict[str, Any]) -> None:
     wanted = [name for name in _VARIANTS if settings.get(name)]
     if isinstance(init_lora_weights, str) and init_lora_weights != "gaussian":
         wanted.append(f"init_lora_weights={init_lora_weights!r} (it needs the unpacked weight)")
     if wanted:
         raise ValueError(
-            f"LoRA on packed experts: expected plain LoRA or rsLoRA with default, gaussian or False initialisation, "
-            f"got {' and '.join(wanted)}; drop it, or leave the experts out of target_modules"
+            f"LoRA on packed experts and their routers: expected plain LoRA or rsLoRA with default, gaussian or False "
+            f"initialisation, got {' and '.join(wanted)}; drop it, or leave them out of target_modules"
         )

@@ -29,15 +29,15 @@ EXAMPLE = paths.ROOT / "examples" / "demo_kt_lora_sft.yaml"
 QUICK = ("max_steps=2", "cutoff_len=128")
 
 
-def settings(overrides: list[str]) -> dict:
+def settings(overrides: list[str], example: Path = EXAMPLE) -> dict:
     """The YAML with ``key=value`` overrides, as LLaMA-Factory reads it."""
-    values = yaml.safe_load(EXAMPLE.read_text())
+    values = yaml.safe_load(example.read_text())
     return values | {key: yaml.safe_load(value) for key, _, value in (item.partition("=") for item in overrides)}
 
 
-def train(overrides: list[str]) -> float:
+def train(overrides: list[str], example: Path = EXAMPLE) -> float:
     """Run LLaMA-Factory on the example; return the wall time in seconds."""
-    command = [str(Path(sys.executable).with_name("llamafactory-cli")), "train", str(EXAMPLE), *overrides]
+    command = [str(Path(sys.executable).with_name("llamafactory-cli")), "train", str(example), *overrides]
     environment = {
         "USE_KT": "1",
         "HF_HUB_OFFLINE": "1",

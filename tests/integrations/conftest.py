@@ -79,7 +79,9 @@ class Workspace:
         path.write_text(yaml.safe_dump(content))
         return str(path)
 
-    def run(self, *command: str, ok: bool = True, stdin: str = "", **env: str) -> subprocess.CompletedProcess[str]:
+    def run(
+        self, *command: str, ok: bool = True, stdin: str = "", timeout: int = 300, **env: str
+    ) -> subprocess.CompletedProcess[str]:
         """Run a command of this interpreter's environment, or ``python``; check that it succeeded (or failed)."""
         program = [sys.executable] if command[0] == "python" else [sys.executable, str(BIN / command[0])]
         result = subprocess.run(
@@ -89,7 +91,7 @@ class Workspace:
             input=stdin,
             capture_output=True,
             text=True,
-            timeout=300,
+            timeout=timeout,
         )
         if (result.returncode == 0) != ok:
             pytest.fail(f"{command} returned {result.returncode}\n{result.stdout[-2000:]}\n{result.stderr[-6000:]}")

@@ -1,5 +1,7 @@
 """Run LLaMA-Factory jobs one after another in this process: ``python driver.py jobs.json``.
 
+Also under torchrun and accelerate launch, with FSDP2 on the CPU where that is asked for.
+
 A job is {"verb": "train" | "chat" | "load" | "parse", "args": {...}}. Results go to jobs.results.json:
 train -> None, chat -> the reply to "Who are you?", load -> what the loaded model looks like,
 parse -> the expert settings that kt_sft took from the arguments.
@@ -8,6 +10,7 @@ parse -> the expert settings that kt_sft took from the arguments.
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -55,11 +58,29 @@ def parse(args: dict[str, Any]) -> dict[str, Any]:
     return {"weight_format": config.weight_format, "template_known": data_args.template in TEMPLATES}
 
 
+def _several_processes() -> None:
+    """Keep the process group from job to job: a second one cannot be made from the launcher's store."""
+    import torch.distributed
+
+    torch.distributed.destroy_process_group = lambda group=None: None
+    if os.environ.get("ACCELERATE_USE_FSDP", "false") == "true":
+        import fsdp_on_cpu
+
+        fsdp_on_cpu.enable()
+
+
 def main() -> None:
     path = Path(sys.argv[1])
+    if "WORLD_SIZE" in os.environ:
+        _several_processes()
     verbs = {"train": train, "chat": chat, "load": load, "parse": parse}
-    results = [verbs[job["verb"]](job["args"]) for job in json.loads(path.read_text())]
-    path.with_suffix(".results.json").write_text(json.dumps(results))
+    results, environment = [], dict(os.environ)
+    for job in json.loads(path.read_text()):
+        results.append(verbs[job["verb"]](job["args"]))
+        os.environ.clear()  # a bf16 run leaves ACCELERATE_MIXED_PRECISION behind
+        os.environ.update(environment)
+    if os.environ.get("RANK", "0") == "0":
+        path.with_suffix(".results.json").write_text(json.dumps(results))
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ pytest.importorskip("accelerate")
 from accelerate.commands.config.config_args import ClusterConfig, load_config_from_file
 
 from kt_sft.integrations import hooks
-from kt_sft.integrations.accelerate import export_settings, patch_config_args
+from kt_sft.integrations.accelerate import accept_numbered_cpus, export_settings, patch_config_args
 from kt_sft.integrations.llamafactory_args import resolve
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -103,6 +103,16 @@ def test_patching_needs_process_config():
         patch_config_args(SimpleNamespace(BaseConfig=object))
 
 
+def test_a_numbered_cpu_is_a_location(tmp_path):
+    accept_numbered_cpus()
+    accept_numbered_cpus()
+    torch.save({"a": torch.arange(3)}, tmp_path / "file.pt")
+    loaded = torch.load(tmp_path / "file.pt", map_location=torch.device("cpu:1"))["a"]
+    assert loaded.device.type == "cpu" and loaded.tolist() == [0, 1, 2]
+    with pytest.raises(RuntimeError, match="don't know how to restore"):
+        torch.load(tmp_path / "file.pt", map_location="nowhere:1")
+
+
 def launch(workspace, config: dict, script: Path, output: str, **changes):
     file = workspace.write(f"{output}.accelerate.yaml", config)
     args = workspace.write(f"{output}.yaml", workspace.training(output, **changes))
@@ -149,3 +159,18 @@ def test_fsdp2_resume_is_bit_equal(fsdp, workspace):
     expected, got = workspace.adapter("fsdp"), workspace.adapter("fsdp_resumed")
     assert got.keys() == expected.keys()
     assert [name for name in expected if not torch.equal(got[name], expected[name])] == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_every_shipped_file_trains(workspace, path):
+    config = yaml.safe_load(path.read_text()) | {"use_cpu": True, "main_process_port": 0}
+    has_block = "kt_config" in config
+    if has_block:
+        config["kt_config"] |= {"kt_num_threads": 1}
+    weight_format = next((name for name in ("bf16", "int4") if path.stem.endswith(name)), "int8")
+    script = Path(__file__).with_name("fsdp_on_cpu.py")
+    changes = dict(max_steps=1, save_strategy="no") | (dict(use_kt=None, kt_config=None) if has_block else {})
+    result = launch(workspace, config, script, f"shipped_{path.stem}", **changes)
+    assert f"packed as {weight_format}, " in result.stdout + result.stderr
+    assert sorted(workspace.losses(f"shipped_{path.stem}")) == [1]

@@ -92,8 +92,18 @@ def test_unknown_key_gets_the_nearest_name():
 
 def arguments(owner: str = "", **change) -> list[SimpleNamespace]:
     values = {
-        "model": dict(adapter_name_or_path=None, quantization_bit=None, infer_backend="huggingface", use_unsloth=False),
-        "finetuning": dict(finetuning_type="lora", stage="sft", use_dora=False, create_new_adapter=False),
+        "model": dict(
+            adapter_name_or_path=None,
+            quantization_bit=None,
+            infer_backend="huggingface",
+            use_unsloth=False,
+            moe_aux_loss_coef=None,
+            use_reentrant_gc=True,
+            disable_gradient_checkpointing=False,
+        ),
+        "finetuning": dict(
+            finetuning_type="lora", stage="sft", use_dora=False, create_new_adapter=False, lora_dropout=0.0
+        ),
         "training": dict(do_train=True, fp8=False, fsdp=[], fsdp_config={}),
     }
     if owner:
@@ -104,6 +114,9 @@ def arguments(owner: str = "", **change) -> list[SimpleNamespace]:
 def test_supported_options_pass():
     refuse_unsupported(*arguments())
     refuse_unsupported(*arguments("model", adapter_name_or_path=["a"]))
+    refuse_unsupported(*arguments("model", adapter_name_or_path=["a", "b"]))
+    for stage in ("pt", "dpo", "kto", "rm"):
+        refuse_unsupported(*arguments("finetuning", stage=stage))
 
 
 @pytest.mark.parametrize(
@@ -112,13 +125,12 @@ def test_supported_options_pass():
         ("finetuning", "finetuning_type", "full", "finetuning_type: lora"),
         ("finetuning", "finetuning_type", "freeze", "finetuning_type: lora"),
         ("finetuning", "finetuning_type", "oft", "finetuning_type: lora"),
-        ("finetuning", "stage", "ppo", "stage: sft"),
+        ("finetuning", "stage", "ppo", "stage: dpo or kto"),
         ("finetuning", "use_dora", True, "use_rslora"),
         ("finetuning", "pissa_init", True, "default LoRA initialisation"),
         ("model", "quantization_bit", 4, "kt_expert_weight_format"),
         ("model", "use_unsloth", True, "use_unsloth: false"),
         ("model", "infer_backend", "vllm", "infer_backend: huggingface"),
-        ("model", "adapter_name_or_path", ["a", "b"], "one adapter"),
         ("training", "fp8", True, "bf16"),
     ],
 )
@@ -135,11 +147,39 @@ def test_full_is_fine_for_inference():
     refuse_unsupported(model_args, finetuning_args)
 
 
-def test_new_adapter_on_top_of_another():
-    model_args, finetuning_args, training_args = arguments("model", adapter_name_or_path=["a"])
-    finetuning_args.create_new_adapter = True
-    with pytest.raises(ValueError, match="create_new_adapter: false"):
+@pytest.mark.parametrize(("paths", "create_new"), [(["a"], True), (["a", "b"], False)])
+def test_dropout_above_a_frozen_adapter(paths, create_new):
+    model_args, finetuning_args, training_args = arguments("model", adapter_name_or_path=paths)
+    finetuning_args.create_new_adapter = create_new
+    refuse_unsupported(model_args, finetuning_args, training_args)
+    finetuning_args.lora_dropout = 0.1
+    with pytest.raises(ValueError, match=r"lora_dropout: 0.1 .* \(a\) stays below .* Use lora_dropout: 0"):
         refuse_unsupported(model_args, finetuning_args, training_args)
+
+
+def test_reward_training_under_fsdp2(monkeypatch):
+    given = arguments("finetuning", stage="rm")
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    monkeypatch.setenv("FSDP_VERSION", "2")
+    with pytest.raises(ValueError, match=r"FSDP2: .*Use DDP .* ZeRO-2"):
+        refuse_unsupported(*given)
+
+
+def test_router_loss_that_would_change_nothing(monkeypatch):
+    import transformers
+
+    monkeypatch.setattr(transformers, "__version__", "5.6.0")
+    given = arguments("model", moe_aux_loss_coef=0.1)
+    with pytest.raises(ValueError, match=r"moe_aux_loss_coef: 0.1 would change nothing .*use_reentrant_gc: false"):
+        refuse_unsupported(*given)
+    monkeypatch.setattr(transformers, "__version__", "4.57.6")  # returns the router's logits from the layer
+    refuse_unsupported(*given)
+    monkeypatch.undo()
+    given[0].use_reentrant_gc = False
+    refuse_unsupported(*given)
+    given[1].stage = "dpo"
+    with pytest.raises(ValueError, match="would change nothing in stage dpo"):
+        refuse_unsupported(*given)
 
 
 def test_zero3(monkeypatch):

@@ -1,4 +1,4 @@
-"""A tiny random Qwen3-MoE checkpoint, its tokenizer and a data set in the hub's layout, without any download."""
+"""A tiny random Qwen3-MoE checkpoint, its tokenizer, adapters and data in the hub's layout, without any download."""
 
 from __future__ import annotations
 
@@ -23,8 +23,11 @@ CHAT_TEMPLATE = (
 )
 
 
-def write_checkpoint(folder: Path) -> Path:
-    """Write config.json, model.safetensors and the tokenizer into ``folder``."""
+def write_checkpoint(folder: Path, dtype: torch.dtype = torch.bfloat16, embedding_scale: float = 1.0) -> Path:
+    """Write config.json, model.safetensors and the tokenizer into ``folder``; the values are bf16's in either dtype.
+
+    A large ``embedding_scale`` makes the second layer's routing insensitive to rounding in the first layer's experts.
+    """
     folder.mkdir(parents=True)
     vocab_size = _write_tokenizer(folder)
     config = {
@@ -48,13 +51,16 @@ def write_checkpoint(folder: Path) -> Path:
         "rope_theta": 10000.0,
         "max_position_embeddings": 512,
         "tie_word_embeddings": False,
-        "torch_dtype": "bfloat16",
+        "torch_dtype": str(dtype).removeprefix("torch."),
         "bos_token_id": 0,
         "eos_token_id": 2,
         "pad_token_id": 0,
+        "summary_dropout_prob": 0.0,  # of trl's value head: reward training is compared across processes
     }
     (folder / "config.json").write_text(json.dumps(config, indent=2))
-    save_file(_weights(vocab_size), str(folder / "model.safetensors"), metadata={"format": "pt"})
+    weights = {name: tensor.to(dtype) for name, tensor in _weights(vocab_size).items()}
+    weights["model.embed_tokens.weight"] *= embedding_scale
+    save_file(weights, str(folder / "model.safetensors"), metadata={"format": "pt"})
     return folder
 
 
@@ -114,15 +120,76 @@ def _write_tokenizer(folder: Path) -> int:
     return tokenizer.get_vocab_size()
 
 
+def write_adapter(folder: Path, *, rank: int = 4, seed: int = 1, dropout: float = 0.0, experts: bool = True) -> Path:
+    """Write a LoRA adapter with nonzero factors for attention and every expert, and a value head beside it."""
+    folder.mkdir(parents=True)
+    generator = torch.Generator().manual_seed(seed)
+    tensors: dict[str, torch.Tensor] = {}
+
+    def factors(name: str, out: int, into: int) -> None:
+        key = f"base_model.model.model.layers.{name}"
+        tensors[f"{key}.lora_A.weight"] = torch.randn(rank, into, generator=generator) * into**-0.5
+        tensors[f"{key}.lora_B.weight"] = torch.randn(out, rank, generator=generator) * 0.1
+
+    for i in range(LAYERS):
+        for name, out in (("q", HEADS), ("k", KV_HEADS), ("v", KV_HEADS)):
+            factors(f"{i}.self_attn.{name}_proj", out * HEAD_DIM, HIDDEN)
+        factors(f"{i}.self_attn.o_proj", HIDDEN, HEADS * HEAD_DIM)
+        for e in range(EXPERTS if experts else 0):
+            factors(f"{i}.mlp.experts.{e}.gate_proj", INTERMEDIATE, HIDDEN)
+            factors(f"{i}.mlp.experts.{e}.up_proj", INTERMEDIATE, HIDDEN)
+            factors(f"{i}.mlp.experts.{e}.down_proj", HIDDEN, INTERMEDIATE)
+    save_file(tensors, str(folder / "adapter_model.safetensors"), metadata={"format": "pt"})
+    targets = [f"{n}_proj" for n in ("q", "k", "v", "o", *(("gate", "up", "down") if experts else ()))]
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": None,
+        "target_modules": targets,
+        "r": rank,
+        "lora_alpha": 2 * rank,
+        "lora_dropout": dropout,
+        "bias": "none",
+    }
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    head = {"v_head.summary.weight": torch.randn(1, HIDDEN, generator=generator) * HIDDEN**-0.5}
+    head["v_head.summary.bias"] = torch.zeros(1)
+    save_file(head, str(folder / "value_head.safetensors"), metadata={"format": "pt"})
+    return folder
+
+
 def write_dataset(folder: Path) -> Path:
-    """Write an alpaca-style data set ``tiny`` of 16 examples with its dataset_info.json into ``folder``."""
+    """Write 16 examples of each kind, and their dataset_info.json, into ``folder``.
+
+    tiny: instructions; tiny_text: plain text; tiny_pairs: a chosen and a rejected answer; tiny_kto: tagged answers.
+    """
     folder.mkdir(parents=True)
     pairs = [sentence.replace("sky.", "sky?").split("? ") for sentence in SENTENCES]
+    answers = [answer for _, answer in pairs]
     examples = [
         {"instruction": f"{question}? ({i})", "input": "", "output": answer}
         for i in range(4)
         for question, answer in pairs
     ]
-    (folder / "tiny.json").write_text(json.dumps(examples))
-    (folder / "dataset_info.json").write_text(json.dumps({"tiny": {"file_name": "tiny.json"}}))
+    other = [answers[(n + 1 + n // 4) % 4] for n in range(len(examples))]
+    sets = {
+        "tiny": examples,
+        "tiny_text": [{"text": f"{row['instruction']} {row['output']}"} for row in examples],
+        "tiny_pairs": [
+            {"instruction": row["instruction"], "input": "", "chosen": row["output"], "rejected": bad}
+            for row, bad in zip(examples, other, strict=True)
+        ],
+        "tiny_kto": [
+            {"instruction": row["instruction"], "input": "", "output": (row["output"], bad)[n % 2], "tag": n % 2 == 0}
+            for n, (row, bad) in enumerate(zip(examples, other, strict=True))
+        ],
+    }
+    columns = {"prompt": "instruction", "query": "input"}
+    info: dict[str, dict[str, object]] = {name: {"file_name": f"{name}.json"} for name in sets}
+    info["tiny_text"]["columns"] = {"prompt": "text"}
+    info["tiny_pairs"] |= {"ranking": True, "columns": columns | {"chosen": "chosen", "rejected": "rejected"}}
+    info["tiny_kto"]["columns"] = columns | {"response": "output", "kto_tag": "tag"}
+    for name, rows in sets.items():
+        (folder / f"{name}.json").write_text(json.dumps(rows))
+    (folder / "dataset_info.json").write_text(json.dumps(info))
     return folder
