@@ -23,10 +23,12 @@ logger = logging.getLogger(__name__)
 WeightFormat = Literal["bf16", "int8", "int4"]
 ActivationPolicy = Literal["retain", "recompute"]
 ComputeType = Literal["bf16", "int8"]
+ExpertParallel = Literal["host", "world", "none"]
 
 WEIGHT_FORMATS: tuple[str, ...] = get_args(WeightFormat)
 ACTIVATION_POLICIES: tuple[str, ...] = get_args(ActivationPolicy)
 COMPUTE_TYPES: tuple[str, ...] = get_args(ComputeType)
+EXPERT_PARALLEL: tuple[str, ...] = get_args(ExpertParallel)
 GROUP_SIZES = (0, 32, 64, 128)
 
 ENV_CONFIG = "KT_SFT_CONFIG"
@@ -84,6 +86,8 @@ class KtConfig:
         compute_type: of the forward products: bf16, or int8 (needs int8 weights and a CPU with int8 dot products; the
             layer's input and its hidden values are quantised too). Gradients are computed in bf16.
         num_threads: threads of the kernels; None: the physical cores this process may use.
+        expert_parallel: what several processes share. host: the ranks of a host compute the experts for each other;
+            world: each host also holds its share of the experts only; none: every rank computes its own tokens.
         cache_dir: folder of packed experts, or "none" to keep none on disk; None: $KT_SFT_CACHE or ~/.cache/kt_sft.
         weight_path: folder with experts packed beforehand, used instead of the cache.
         expert_checkpoint_path: safetensors or GGUF folder, or GGUF file, of the experts, if not the model's own.
@@ -96,6 +100,7 @@ class KtConfig:
     activation_policy: ActivationPolicy = "retain"
     compute_type: ComputeType = "bf16"
     num_threads: int | None = None
+    expert_parallel: ExpertParallel = "host"
     cache_dir: str | None = None
     weight_path: str | None = None
     expert_checkpoint_path: str | None = None
@@ -105,6 +110,7 @@ class KtConfig:
         _one_of("weight_format", self.weight_format, WEIGHT_FORMATS)
         _one_of("activation_policy", self.activation_policy, ACTIVATION_POLICIES)
         _one_of("compute_type", self.compute_type, COMPUTE_TYPES)
+        _one_of("expert_parallel", self.expert_parallel, EXPERT_PARALLEL)
         if self.compute_type == "int8" and (self.weight_format != "int8" or self.group_size == 32):
             raise ValueError(
                 "compute_type: int8 products need weight_format int8 with group_size 0, 64 or 128; "

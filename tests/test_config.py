@@ -168,3 +168,10 @@ def test_cache_folder(monkeypatch, tmp_path):
 def test_importing_the_settings_does_not_import_torch():
     code = "import sys, kt_sft.config; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[1], check=False).returncode == 0
+
+
+def test_expert_parallel_is_known_by_both_names():
+    assert KtConfig().expert_parallel == "host"
+    assert KtConfig.from_dict({"kt_expert_parallel": "world"}).expert_parallel == "world"
+    with pytest.raises(ValueError, match="expert_parallel: expected one of host, world, none"):
+        KtConfig.from_dict({"kt_expert_parallel": "hosts"})

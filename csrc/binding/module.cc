@@ -207,8 +207,10 @@ LayerCall layer_call(const ExpertWeights& w, const py::object& x, const py::obje
   c.x = tensor<uint16_t>(x, "hidden_states", {Dtype::bf16}, {T, D});
   c.ids = tensor<int64_t>(ids, "topk_ids", {Dtype::i64}, {T, K});
   c.weights = tensor<float>(weights, "topk_weights", {Dtype::f32}, {T, K});
+  static const Name share("share");  // other processes compute the slots of id -1
+  const int64_t lowest = item(lora, share) ? -1 : 0;
   for (int64_t i = 0; i < T * K; ++i)
-    KT_CHECK(c.ids[i] >= 0 && c.ids[i] < w.num_experts, "topk_ids: expected expert ids 0 to ", w.num_experts - 1,
+    KT_CHECK(c.ids[i] >= lowest && c.ids[i] < w.num_experts, "topk_ids: expected expert ids 0 to ", w.num_experts - 1,
              ", got ", c.ids[i], " for token ", i / K);
   if (!lora.empty()) c.lora = lora_args(lora, w, T, K);
   if (!gate.is_none()) {

@@ -323,6 +323,7 @@ struct Backward {
     plan.cut();
     const int64_t count = plan.call.tokens * hidden();
     std::fill_n(grads.grad_x, count, 0.0f);
+    std::fill_n(grads.grad_weights, plan.call.tokens * plan.call.top_k, 0.0f);
     if (plan.call.lora.x != nullptr) std::fill_n(grads.grad_lora_x, count, 0.0f);
     for (int i = 0; i < plan.num_waves; ++i) run_wave(plan.waves[i]);
   }

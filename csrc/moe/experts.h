@@ -54,7 +54,7 @@ struct LayerCall {
   int64_t tokens;
   int top_k;
   const uint16_t* x;     // (T, D) bf16
-  const int64_t* ids;    // (T, K), checked by the caller
+  const int64_t* ids;    // (T, K), checked by the caller; -1: this slot is left out
   const float* weights;  // (T, K)
   Lora lora;
   Compute compute = Compute::bf16;
@@ -73,7 +73,7 @@ struct LayerGrads {
 void experts_forward(const ExpertWeights& weights, const LayerCall& call, float* out);  // out (T, D), overwritten
 void experts_backward(const ExpertWeights& weights, const LayerCall& call, const LayerGrads& grads);
 
-// Stable counting sort of the T * K slots by expert: counts (E), order (N) = slot numbers t * K + k.
+// Stable counting sort of the T * K slots by expert, without those of id -1: counts (E), order (N) = slots t * K + k.
 void sort_by_expert(const int64_t* ids, int64_t slots, int num_experts, int32_t* counts, int32_t* order);
 
 }  // namespace kt_sft

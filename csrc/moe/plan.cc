@@ -31,15 +31,21 @@ int64_t ExpertWeights::expert_bytes() const {
 
 void sort_by_expert(const int64_t* ids, int64_t slots, int num_experts, int32_t* counts, int32_t* order) {
   std::fill(counts, counts + num_experts, 0);
-  for (int64_t i = 0; i < slots; ++i) ++counts[ids[i]];
+  for (int64_t i = 0; i < slots; ++i)
+    if (ids[i] >= 0) ++counts[ids[i]];
   int32_t begin = 0;
   for (int e = 0; e < num_experts; ++e) {  // counts hold the next free place while sorting, and become counts again
     const int32_t n = counts[e];
     counts[e] = begin;
     begin += n;
   }
-  for (int64_t i = 0; i < slots; ++i) order[counts[ids[i]]++] = static_cast<int32_t>(i);
+  for (int64_t i = 0; i < slots; ++i)
+    if (ids[i] >= 0) order[counts[ids[i]]++] = static_cast<int32_t>(i);
   for (int e = num_experts - 1; e > 0; --e) counts[e] -= counts[e - 1];
+}
+
+int64_t routed_slots(const LayerCall& call) {
+  return std::count_if(call.ids, call.ids + call.tokens * call.top_k, [](int64_t id) { return id >= 0; });
 }
 
 Plan::Plan(const ExpertWeights& weights, const LayerCall& call)
@@ -47,7 +53,7 @@ Plan::Plan(const ExpertWeights& weights, const LayerCall& call)
       call(call),
       kernels(kt_sft::kernels()),
       threads(num_threads()),
-      slots(call.tokens * call.top_k) {
+      slots(routed_slots(call)) {
   const int64_t most_tiles = slots / kTileRows + std::min<int64_t>(slots, weights.num_experts) + slots / kMaxRows;
   wave_tile_limit = std::min<int64_t>(std::max<int64_t>(most_tiles, 1), kWaveTiles);
 }
@@ -70,7 +76,7 @@ void Plan::take(Workspace& workspace) {
 }
 
 void Plan::cut() {
-  sort_by_expert(call.ids, slots, weights.num_experts, counts, order);
+  sort_by_expert(call.ids, call.tokens * call.top_k, weights.num_experts, counts, order);
   for (int64_t i = 0; i < slots; ++i) token[i] = order[i] / call.top_k;
   num_segments = num_waves = 0;
   int row = 0;

@@ -26,7 +26,7 @@ struct Plan {
   const LayerCall& call;
   const KernelTable& kernels;
   int threads;
-  int64_t slots;            // T * K
+  int64_t slots;            // routed: T * K less those that the call leaves out
   int64_t wave_tile_limit;  // tiles that the buffers of a wave hold
 
   int32_t *counts, *order, *token;  // (E), (N) slot of a sorted row, (N) token of a sorted row

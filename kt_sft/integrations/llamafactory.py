@@ -124,7 +124,7 @@ def patch_loader(loader: Any) -> None:
         config = _active if _active is not None else (KtConfig() if model_args.use_kt else None)
         if config is None:
             return stock_load_model(tokenizer, model_args, finetuning_args, is_trainable, add_valuehead)
-        from kt_sft.models.convert import experts_on_cpu
+        from kt_sft.models.convert import experts_on_cpu, set_threads
 
         from . import peft
 
@@ -132,7 +132,7 @@ def patch_loader(loader: Any) -> None:
         accept_numbered_cpus()
         if is_trainable:
             _check_router_loss(loader, model_args)
-        _share_cores(config)
+        set_threads(config)
         _prefer_native_classes(model_args)
         model_dir = _local_checkpoint(loader, model_args)
         name = model_args.model_name_or_path
@@ -148,17 +148,6 @@ def patch_loader(loader: Any) -> None:
         return model
 
     loader.load_model = load_model
-
-
-def _share_cores(config: KtConfig) -> None:
-    """Use ``kt_num_threads``, or divide the cores among the processes of this host."""
-    from kt_sft import native
-
-    local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    if config.num_threads:
-        native.set_num_threads(config.num_threads)
-    elif local_processes > 1:
-        native.set_num_threads(max(1, native.num_threads() // local_processes))
 
 
 def _check_router_loss(loader: Any, model_args: Any) -> None:

@@ -17,14 +17,16 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import fields, replace
+from functools import cache
 from types import MethodType
 from typing import Any, NoReturn
 
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from .. import native
+from .. import distributed, native
 from ..config import KtConfig
+from ..distributed.place import threads_of_rank
 from ..nn.experts import KtExperts
 from ..ops import PackedExperts
 from ..weights.formats import open_checkpoint
@@ -51,7 +53,7 @@ def from_pretrained(path: StrPath, *, config: KtConfig | dict[str, Any] | None =
     settings = as_config(config, **{k: options.pop(k) for k in list(options) if k in own})
     options.setdefault("dtype", "auto")
     path = os.fspath(path)
-    _set_threads(settings)
+    set_threads(settings)
     with experts_on_cpu(path, settings, revision=options.get("revision")):
         return AutoModelForCausalLM.from_pretrained(settings.non_expert_weight_path or path, **options)
 
@@ -97,12 +99,15 @@ def convert_model(model: Any, config: KtConfig | dict[str, Any] | None = None, *
     ``options`` are fields of ``KtConfig`` and override ``config``.
     """
     settings = as_config(config, **options)
-    _set_threads(settings)
+    set_threads(settings)
     swapped = swap_experts(model, settings)
     if not swapped:
         raise _no_experts(model)
+    sharing = distributed.start(settings.expert_parallel)
     for _, original, experts in tqdm(swapped, desc="packing experts", unit="layer"):
-        experts.packed = _pack(original, experts, settings)
+        held = sharing.place.experts(experts.num_experts) if sharing else range(experts.num_experts)
+        packed = _pack(original, experts, settings, held)
+        experts.set_packed(packed, sharing.layer(packed, experts.num_experts) if sharing else None)
         original.to("meta")
     _finish(model)
     return model
@@ -156,6 +161,7 @@ def fill_experts(model: Any, model_dir: StrPath, config: KtConfig, *, revision: 
     by_size: dict[tuple[int, int, int], dict[str, KtExperts]] = {}
     for path, m in empty.items():
         by_size.setdefault((m.num_experts, m.hidden_size, m.intermediate_size), {})[path] = m
+    sharing = distributed.start(config.expert_parallel)
     for (num_experts, hidden, intermediate), group in by_size.items():
         packed = load_experts(
             directory,
@@ -164,15 +170,26 @@ def fill_experts(model: Any, model_dir: StrPath, config: KtConfig, *, revision: 
             hidden_size=hidden,
             intermediate_size=intermediate,
             config=config,
+            held=sharing.place.experts(num_experts) if sharing else None,
+            peers=sharing.host_peers if sharing else None,
         )
         for path, m in group.items():
-            m.packed = packed[path]
+            m.set_packed(packed[path], sharing.layer(packed[path], num_experts) if sharing else None)
     _finish(model)
 
 
-def _set_threads(config: KtConfig) -> None:
+def set_threads(config: KtConfig) -> None:
+    """Let the kernels use ``num_threads``, or this process's part of the cores where a launcher started several."""
     if config.num_threads is not None:
         native.set_num_threads(config.num_threads)
+    elif int(os.environ.get("LOCAL_WORLD_SIZE", "1")) > 1:
+        native.set_num_threads(threads_of_rank(_cores()))
+
+
+@cache
+def _cores() -> int:
+    """The kernels' own choice, asked before it is changed."""
+    return native.num_threads()
 
 
 def _finish(model: Any) -> None:
@@ -199,11 +216,11 @@ def _ignore_expert_keys(model: Any) -> None:
     model._keys_to_ignore_on_load_unexpected = patterns
 
 
-def _pack(original: nn.Module, experts: KtExperts, config: KtConfig) -> PackedExperts:
-    E, D, F = experts.num_experts, experts.hidden_size, experts.intermediate_size
-    packed = PackedExperts.empty(E, D, F, config.weight_format, config.group_size)
-    for index in range(E):
-        matrices = _expert(original, experts, index)
+def _pack(original: nn.Module, experts: KtExperts, config: KtConfig, held: range) -> PackedExperts:
+    D, F = experts.hidden_size, experts.intermediate_size
+    packed = PackedExperts.empty(len(held), D, F, config.weight_format, config.group_size)
+    for index, expert in enumerate(held):
+        matrices = _expert(original, experts, expert)
         if any(m.is_meta for m in matrices):
             raise ValueError("convert_model: expected loaded weights, got a meta model; use kt_sft.from_pretrained")
         packed.pack_expert_(index, *(m.cpu() for m in matrices))

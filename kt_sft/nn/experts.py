@@ -22,7 +22,9 @@ from typing import Any, NamedTuple, NoReturn
 import torch
 from torch import Tensor, nn
 
+from ..distributed.sharing import SharedLayer
 from ..ops import ExpertsLora, PackedExperts, PendingExperts, moe_experts, submit_experts
+from ..ops.kernels import LOCAL, Kernels
 
 
 class ProjectionNames(NamedTuple):
@@ -73,6 +75,7 @@ class _Shared:
 
     def __init__(self) -> None:
         self.packed: PackedExperts | None = None
+        self.layer: SharedLayer | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Shared:
         return self
@@ -126,14 +129,19 @@ class KtExperts(nn.Module):
 
     @packed.setter
     def packed(self, packed: PackedExperts) -> None:
-        expected = (self.num_experts, self.hidden_size, self.intermediate_size)
+        self.set_packed(packed)
+
+    def set_packed(self, packed: PackedExperts, layer: SharedLayer | None = None) -> None:
+        """Compute with ``packed``: all experts, or those that this host holds of a ``layer`` shared by the ranks."""
+        held = self.num_experts if layer is None else len(layer.held)
+        expected = (held, self.hidden_size, self.intermediate_size)
         got = (packed.num_experts, packed.hidden_size, packed.intermediate_size)
         if got != expected:
             raise ValueError(
                 f"packed experts: expected (experts, hidden, intermediate) = {expected}, got {got}; "
                 "load the experts of this model"
             )
-        self._shared.packed = packed
+        self._shared.packed, self._shared.layer = packed, layer
 
     @property
     def weight(self) -> Tensor:
@@ -150,6 +158,7 @@ class KtExperts(nn.Module):
             self._lora(),
             activation_policy=self.activation_policy,
             compute_type=self.compute_type,
+            kernels=self._kernels(hidden_states),
         )
         return out_TD.view(hidden_states.shape)
 
@@ -166,7 +175,16 @@ class KtExperts(nn.Module):
             self._lora(),
             activation_policy=self.activation_policy,
             compute_type=self.compute_type,
+            kernels=self._kernels(hidden_states),
         )
+
+    def _kernels(self, hidden_states: Tensor) -> Kernels:
+        layer = self._shared.layer
+        if layer is None:
+            return LOCAL
+        device = hidden_states.device.type
+        half = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden_states.dtype
+        return layer.kernels(training=self.training, overflow_is_normal=half is torch.float16)
 
     def _lora(self) -> ExpertsLora | None:
         projections: Any = self._modules  # get_submodule costs 1.5 us each

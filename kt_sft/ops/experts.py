@@ -15,11 +15,11 @@ from torch.autograd.function import once_differentiable
 
 from kt_sft import native
 
+from .kernels import FACTORS, LOCAL, Kernels
 from .packed import PackedExperts
 from .passes import Backward, Call, Forward
 from .threads import keep_openmp_from_spinning
 
-FACTORS = ("gate_a", "gate_b", "up_a", "up_b", "down_a", "down_b")
 POLICIES = ("retain", "recompute")
 
 
@@ -110,6 +110,7 @@ def checked_arguments(
     *,
     activation_policy: str = "retain",
     compute_type: str = "bf16",
+    kernels: Kernels = LOCAL,
 ) -> Arguments:
     """Check what :func:`moe_experts` takes and draw its dropout. Raises ValueError."""
     _check(hidden_states, topk_ids, topk_weights, packed, activation_policy)
@@ -127,7 +128,8 @@ def checked_arguments(
         hidden_states.requires_grad or topk_weights.requires_grad or any(f.requires_grad for f in factors.values())
     )
     retain = differentiable and activation_policy == "retain"
-    call = Call(packed, tuple(factors), settings, differentiable, retain, _computes_in_int8(packed, compute_type))
+    int8 = _computes_in_int8(packed, compute_type)
+    call = Call(packed, tuple(factors), settings, differentiable, retain, int8, kernels)
     return Arguments(call, (hidden_states, topk_ids, topk_weights, x_lora, *factors.values()))
 
 
@@ -165,6 +167,7 @@ def moe_experts(
     *,
     activation_policy: str = "retain",
     compute_type: str = "bf16",
+    kernels: Kernels = LOCAL,
 ) -> Tensor:
     """Routed experts of one layer; differentiable in hidden_states, topk_weights and all LoRA factors.
 
@@ -184,6 +187,7 @@ def moe_experts(
         lora,
         activation_policy=activation_policy,
         compute_type=compute_type,
+        kernels=kernels,
     )
     keep_openmp_from_spinning()
     if call.differentiable:

@@ -25,6 +25,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .experts import ExpertsLora, checked_arguments, input_gradients
+from .kernels import LOCAL, Kernels
 from .packed import PackedExperts
 from .passes import Backward, Call, Forward
 from .threads import keep_openmp_from_spinning
@@ -142,6 +143,7 @@ def submit_experts(
     *,
     activation_policy: str = "retain",
     compute_type: str = "bf16",
+    kernels: Kernels = LOCAL,
 ) -> PendingExperts:
     """Start :func:`moe_experts` with these arguments and return at once; ``wait()`` gives its output.
 
@@ -157,6 +159,7 @@ def submit_experts(
         lora,
         activation_policy=activation_policy,
         compute_type=compute_type,
+        kernels=kernels,
     )
     keep_openmp_from_spinning()
     return PendingExperts(call, tensors)

@@ -12,9 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from kt_sft import native
-
-from . import memory
+from .kernels import LOCAL, Kernels
 from .packed import PackedExperts
 from .transfer import Transfer
 
@@ -28,6 +26,7 @@ class Call(NamedTuple):
     differentiable: bool
     retain: bool  # keep gate and up for backward
     int8: bool  # forward products in int8
+    kernels: Kernels = LOCAL
 
 
 class _Target(NamedTuple):
@@ -63,22 +62,18 @@ class Forward:
         transfer.staged()
 
     def run(self) -> Tensor:
-        call, x, ids, weights = self.call, self._x, self._ids, self._weights
-        gate = up = None
-        if call.retain:
-            rows = (ids.numel(), call.packed.intermediate_size)
-            gate, up = memory.empty(rows, torch.bfloat16), memory.empty(rows, torch.bfloat16)
-        out_TD = memory.empty(x.shape, torch.float32)
+        call = self.call
         self.transfer.wait()
-        native.forward(*call.packed.native_args(), x, ids, weights, self._lora, gate, up, call.int8, out_TD)
-        self._gate, self._up = gate, up
+        out_TD, *self._kept = call.kernels.forward(
+            call.packed, self._x, self._ids, self._weights, self._lora, call.int8, call.retain
+        )
         out_TD = self.transfer.to_device(out_TD, *self._target)
         self.transfer.sent()
         return out_TD
 
     def saved(self) -> tuple[Tensor | None, ...]:
         """What :class:`Backward` takes first, on the host."""
-        return self._x, self._ids, self._weights, self._lora.get("x"), self._gate, self._up
+        return self._x, self._ids, self._weights, self._lora.get("x"), *self._kept
 
 
 class Backward:
@@ -100,22 +95,14 @@ class Backward:
 
     def run(self) -> tuple[Tensor | None, ...]:
         """grad_x_TD, grad_weights_TK, grad_x_lora_TD or None, then one gradient per factor."""
-        x, ids, weights, x_lora, gate, up = self._saved
+        x, ids, weights, x_lora, *kept = self._saved
         assert x is not None and ids is not None and weights is not None
-        names = self.call.factor_names
-        factor_grads = {f"grad_{name}": memory.zeros(self._lora[name].shape, torch.float32) for name in names}
-        lora = {**self._lora, **factor_grads}
-        grad_x_TD = memory.empty(x.shape, torch.float32)
-        grad_weights_TK = memory.empty(weights.shape, torch.float32)
-        grad_x_lora_TD = None
-        if x_lora is not None:
-            lora["x"], grad_x_lora_TD = x_lora, memory.empty(x.shape, torch.float32)
+        lora = self._lora if x_lora is None else {**self._lora, "x": x_lora}
         self.transfer.wait()
-        native.backward(
-            *self.call.packed.native_args(), x, ids, weights, lora, gate, up, self.call.int8,
-            self._grad_out, grad_x_TD, grad_x_lora_TD, grad_weights_TK,
-        )  # fmt: skip
-        grads = (grad_x_TD, grad_weights_TK, grad_x_lora_TD, *factor_grads.values())
+        grad_x_TD, grad_weights_TK, grad_x_lora_TD, factor_grads = self.call.kernels.backward(
+            self.call.packed, x, ids, weights, lora, self.call.int8, (kept[0], kept[1]), self._grad_out
+        )
+        grads = (grad_x_TD, grad_weights_TK, grad_x_lora_TD, *(factor_grads[n] for n in self.call.factor_names))
         sent = tuple(
             g if g is None else self.transfer.to_device(g, *target)
             for g, target in zip(grads, self._targets, strict=True)

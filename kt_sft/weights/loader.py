@@ -22,14 +22,18 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from itertools import cycle
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
 from ..config import KtConfig
+from ..distributed.memory import filled_once
+from ..distributed.peers import Peers
 from ..ops.packed import PackedExperts
 from ..ops.quantize import resolve_group_size
 from .cache import CacheMiss, CacheSpec, PackedWriter, build_lock, open_packed
@@ -42,10 +46,12 @@ logger = logging.getLogger(__name__)
 SUFFIX = ".ktpack"
 _READERS = max(1, min(4, len(os.sched_getaffinity(0)) // 4))  # threads; each holds one expert
 _READ_AHEAD = _READERS + 1  # experts
+_ALIGN = 4096  # of a layer in memory
 
 Matrices = tuple[Tensor, Tensor, Tensor]
 Readers = dict[str, ExpertReader]
 Put = Callable[[str, int, Matrices], None]
+_T = TypeVar("_T")
 
 
 def load_experts(
@@ -57,8 +63,13 @@ def load_experts(
     intermediate_size: int,
     config: KtConfig,
     progress: bool = True,
+    held: range | None = None,
+    peers: Peers | None = None,
 ) -> dict[str, PackedExperts]:
     """The packed experts of every layer, by the names of ``layers``; all layers have the same sizes.
+
+    ``held``: of the ``num_experts`` of the checkpoint, those to pack; None: all. ``peers``: the processes of this host
+    that call this together; they get one copy in memory, packed or checked by the first of them.
 
     Raises:
         ValueError: a file or tensor of the checkpoint is missing, malformed, of a wrong shape or dtype, or not finite.
@@ -71,11 +82,12 @@ def load_experts(
         reader.require()
         if layers[layer].gate_up_bias or layers[layer].down_bias:
             raise ValueError(f"{checkpoint.folder}: {layer}: expected experts without biases, which packing would lose")
-    content = _content(checkpoint, readers, num_experts)
+    held = range(num_experts) if held is None else held
+    content = _content(checkpoint, readers, num_experts, held)
     spec = CacheSpec(
         weight_format=config.weight_format,
         group_size=resolve_group_size(config.weight_format, config.group_size),
-        num_experts=num_experts,
+        num_experts=len(held),
         hidden_size=hidden_size,
         intermediate_size=intermediate_size,
         layers=tuple(layers),
@@ -83,23 +95,53 @@ def load_experts(
         content=content,
         source="" if config.weight_path else _source(checkpoint, content),
     )
-    path = _path(checkpoint, spec, config)
+    job = _Job(checkpoint, readers, spec, held, progress)
+    path = _path(job, config)
     if path is None:
-        return _pack_in_memory(checkpoint, readers, spec, progress)
+        return _pack_in_memory(job, peers)
+    if peers is None:
+        return _open_or_build(path, job)
+    return _first_then_others(peers, lambda: _open_or_build(path, job), lambda: open_packed(path, spec, check=False))
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What is to be packed: ``held`` experts of the layers of ``readers``."""
+
+    checkpoint: Checkpoint
+    readers: Readers
+    spec: CacheSpec
+    held: range
+    progress: bool
+
+
+def _open_or_build(path: Path, job: _Job) -> dict[str, PackedExperts]:
     try:
-        return open_packed(path, spec)
+        return open_packed(path, job.spec)
     except CacheMiss:
         pass
     with build_lock(path):
         try:
-            return open_packed(path, spec)  # built by another process meanwhile
+            return open_packed(path, job.spec)  # built by another process meanwhile
         except CacheMiss as miss:
-            logger.info("Packing the experts of %s into %s: %s.", checkpoint.folder, path, miss)
-        _build(path, checkpoint, readers, spec, progress)
+            logger.info("Packing the experts of %s into %s: %s.", job.checkpoint.folder, path, miss)
+        _build(path, job)
         try:
-            return open_packed(path, spec)
+            return open_packed(path, job.spec)
         except CacheMiss as miss:
             raise OSError(f"packed experts {path}: unusable right after writing: {miss}; check the disk") from miss
+
+
+def _first_then_others(peers: Peers, first: Callable[[], _T], others: Callable[[], _T]) -> _T:
+    """The first process does the work; the others follow when it has succeeded, and raise its error otherwise."""
+    error: Exception | None = None
+    if peers.index == 0:
+        try:
+            result = first()
+        except Exception as failure:
+            error = failure
+    peers.raise_any(error, "loading the experts")
+    return result if peers.index == 0 else others()
 
 
 def _read(reader: ExpertReader, expert: int, buffers: dict[str, Tensor]) -> Matrices:
@@ -116,40 +158,40 @@ def _read(reader: ExpertReader, expert: int, buffers: dict[str, Tensor]) -> Matr
     return matrix("gate", weights.gate), matrix("up", weights.up), matrix("down", weights.down)
 
 
-def _in_file_order(checkpoint: Checkpoint, readers: Readers, E: int) -> list[tuple[str, int]]:
-    def place(job: tuple[str, int]) -> tuple[str, int, int]:
-        entry = checkpoint.entry(readers[job[0]].names_of(job[1])[0])
-        return entry.file.name, entry.start, job[1]
+def _in_file_order(job: _Job) -> list[tuple[str, int]]:
+    def place(item: tuple[str, int]) -> tuple[str, int, int]:
+        entry = job.checkpoint.entry(job.readers[item[0]].names_of(item[1])[0])
+        return entry.file.name, entry.start, item[1]
 
-    return sorted(((layer, expert) for layer in readers for expert in range(E)), key=place)
+    return sorted(((layer, expert) for layer in job.readers for expert in job.held), key=place)
 
 
-def _pack_all(checkpoint: Checkpoint, readers: Readers, spec: CacheSpec, progress: bool, put: Put) -> None:
-    """Read every expert ahead on other threads and hand it to ``put``."""
-    matrix_elements = 3 * spec.hidden_size * spec.intermediate_size
+def _pack_all(job: _Job, put: Put) -> None:
+    """Read every expert ahead on other threads and hand it to ``put``, numbered from the first that is held."""
+    matrix_elements = 3 * job.spec.hidden_size * job.spec.intermediate_size
     bar = tqdm(
-        total=len(readers) * spec.num_experts * matrix_elements,
+        total=len(job.readers) * len(job.held) * matrix_elements,
         unit="param",
         unit_scale=True,
-        desc=f"packing experts ({spec.weight_format})",
-        disable=None if progress else True,
+        desc=f"packing experts ({job.spec.weight_format})",
+        disable=None if job.progress else True,
     )
     with bar:
-        for layer, expert, matrices in _read_ahead(checkpoint, readers, spec.num_experts):
+        for layer, expert, matrices in _read_ahead(job):
             try:
-                put(layer, expert, matrices)
+                put(layer, expert - job.held.start, matrices)
             except ValueError as error:
-                raise _named(error, checkpoint, readers[layer], expert, matrices) from None
+                raise _named(error, job.checkpoint, job.readers[layer], expert, matrices) from None
             bar.update(matrix_elements)
 
 
-def _read_ahead(checkpoint: Checkpoint, readers: Readers, E: int) -> Iterator[tuple[str, int, Matrices]]:
+def _read_ahead(job: _Job) -> Iterator[tuple[str, int, Matrices]]:
     pending: deque[tuple[str, int, Future[Matrices]]] = deque()
     buffers: cycle[dict[str, Tensor]] = cycle([{} for _ in range(_READ_AHEAD + 1)])
     with ThreadPoolExecutor(max_workers=_READERS, thread_name_prefix="kt_sft-read") as pool:
         try:
-            for layer, expert in _in_file_order(checkpoint, readers, E):
-                pending.append((layer, expert, pool.submit(_read, readers[layer], expert, next(buffers))))
+            for layer, expert in _in_file_order(job):
+                pending.append((layer, expert, pool.submit(_read, job.readers[layer], expert, next(buffers))))
                 if len(pending) > _READ_AHEAD:
                     layer, expert, future = pending.popleft()
                     yield layer, expert, future.result()
@@ -188,9 +230,9 @@ def _report(layer: str, packed: PackedExperts, matrices: Matrices) -> None:
     logger.info("%s packed as %s: SQNR %.1f dB (expert 0)", layer, packed.weight_format, sqnr)
 
 
-def _build(path: Path, checkpoint: Checkpoint, readers: Readers, spec: CacheSpec, progress: bool) -> None:
-    one = PackedExperts.empty(1, *spec.sizes()[1:])
-    with PackedWriter(path, spec) as writer:
+def _build(path: Path, job: _Job) -> None:
+    one = PackedExperts.empty(1, *job.spec.sizes()[1:])
+    with PackedWriter(path, job.spec) as writer:
 
         def put(layer: str, expert: int, matrices: Matrices) -> None:
             one.storage.zero_()  # padding bytes are part of the checksums
@@ -199,22 +241,30 @@ def _build(path: Path, checkpoint: Checkpoint, readers: Readers, spec: CacheSpec
                 _report(layer, one, matrices)
             writer.put(layer, expert, one.storage)
 
-        _pack_all(checkpoint, readers, spec, progress, put)
+        _pack_all(job, put)
         writer.commit()
 
 
-def _pack_in_memory(
-    checkpoint: Checkpoint, readers: Readers, spec: CacheSpec, progress: bool
-) -> dict[str, PackedExperts]:
-    packed = {name: PackedExperts.empty(*spec.sizes()) for name in readers}
-    first = spec.layer_bytes // spec.num_experts
+def _pack_in_memory(job: _Job, peers: Peers | None) -> dict[str, PackedExperts]:
+    sizes, first = job.spec.sizes(), job.spec.layer_bytes // job.spec.num_experts
+    slot = -(-job.spec.layer_bytes // _ALIGN) * _ALIGN
 
-    def put(layer: str, expert: int, matrices: Matrices) -> None:
-        packed[layer].pack_expert_(expert, *matrices)
-        if expert == 0:
-            _report(layer, PackedExperts(packed[layer].storage[:first], 1, *spec.sizes()[1:]), matrices)
+    def layers_in(memory: Tensor) -> dict[str, PackedExperts]:
+        slices = (memory[i * slot :][: job.spec.layer_bytes] for i in range(len(job.readers)))
+        return {name: PackedExperts(storage, *sizes) for name, storage in zip(job.readers, slices, strict=True)}
 
-    _pack_all(checkpoint, readers, spec, progress, put)
+    def pack_into(packed: dict[str, PackedExperts]) -> None:
+        def put(layer: str, expert: int, matrices: Matrices) -> None:
+            packed[layer].pack_expert_(expert, *matrices)
+            if expert == 0:
+                _report(layer, PackedExperts(packed[layer].storage[:first], 1, *sizes[1:]), matrices)
+
+        _pack_all(job, put)
+
+    if peers is not None:
+        return layers_in(filled_once(peers, slot * len(job.readers), lambda memory: pack_into(layers_in(memory))))
+    packed = {name: PackedExperts.empty(*sizes) for name in job.readers}
+    pack_into(packed)
     return packed
 
 
@@ -222,13 +272,13 @@ def _digest(*parts: object) -> str:
     return hashlib.blake2b(json.dumps(parts).encode(), digest_size=16).hexdigest()
 
 
-def _content(checkpoint: Checkpoint, readers: Readers, E: int) -> str:
+def _content(checkpoint: Checkpoint, readers: Readers, E: int, held: range) -> str:
     rows = []
     for layer, reader in readers.items():
         for name in dict.fromkeys([*reader.names_of(0), *reader.names_of(E - 1)]):
             sample = hashlib.blake2b(checkpoint.sample(name), digest_size=16).hexdigest()
             rows.append((layer, name, checkpoint.dtype(name), checkpoint.shape(name), sample))
-    return _digest(rows)
+    return _digest(rows) if held == range(E) else _digest(rows, held.start, held.stop, E)
 
 
 def _source(checkpoint: Checkpoint, content: str) -> str:
@@ -249,9 +299,10 @@ def _packing(config: KtConfig) -> str:
     return hashlib.blake2b(probe.storage.numpy().tobytes(), digest_size=16).hexdigest()
 
 
-def _path(checkpoint: Checkpoint, spec: CacheSpec, config: KtConfig) -> Path | None:
+def _path(job: _Job, config: KtConfig) -> Path | None:
+    spec, held, checkpoint = job.spec, job.held, job.checkpoint
     sizes = "x".join(str(n) for n in (len(spec.layers), spec.num_experts, spec.hidden_size, spec.intermediate_size))
-    kind = f"{spec.weight_format}-g{spec.group_size}-{sizes}"
+    kind = f"{spec.weight_format}-g{spec.group_size}-{sizes}" + (f"-from{held.start}" if held.start else "")
     if config.weight_path:
         folder = Path(config.weight_path).expanduser()
         _refuse_foreign(folder)

@@ -13,6 +13,7 @@ from torch import nn
 from kt_sft import native
 from kt_sft.config import KtConfig
 from kt_sft.integrations import llamafactory
+from kt_sft.models import convert
 from kt_sft.nn.experts import KtExperts
 
 
@@ -50,17 +51,18 @@ def threads():
 
 def test_threads_come_from_the_setting(threads, monkeypatch):
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    llamafactory._share_cores(KtConfig(num_threads=3))
+    convert.set_threads(KtConfig(num_threads=3))
     assert native.num_threads() == 3
 
 
 def test_threads_are_shared_by_the_processes_of_a_host(threads, monkeypatch):
     native.set_num_threads(8)
+    convert._cores.cache_clear()
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
-    llamafactory._share_cores(KtConfig())
+    convert.set_threads(KtConfig())
     assert native.num_threads() == 2
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
-    llamafactory._share_cores(KtConfig())
+    convert.set_threads(KtConfig())
     assert native.num_threads() == 2
 
 
@@ -96,7 +98,6 @@ def test_log_lines_go_where_llamafactory_logs(monkeypatch):
 def loader(monkeypatch):
     """A stand-in for llamafactory.model.loader that records what it is asked to load."""
     from kt_sft.integrations import peft
-    from kt_sft.models import convert
 
     calls: list[tuple[str, str, bool]] = []
     experts: list[str] = []

@@ -1,0 +1,96 @@
+"""The two passes of a layer on host tensors: what runs them is exchangeable (here: this process alone).
+
+Shape suffixes: T tokens, K top-k, N = T*K routed rows, D hidden, F intermediate, E experts, R LoRA rank.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from kt_sft import native
+
+from . import memory
+from .packed import PackedExperts
+
+
+class Kernels(Protocol):
+    """x (T, D) bf16, ids (T, K) int64, weights (T, K) fp32; ``lora`` and ``int8`` as ``native.forward`` takes them."""
+
+    def forward(
+        self,
+        packed: PackedExperts,
+        x: Tensor,
+        ids: Tensor,
+        weights: Tensor,
+        lora: dict[str, Any],
+        int8: bool,
+        retain: bool,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """out (T, D) fp32, and what backward wants to see again: two tensors, or None where nothing is retained."""
+
+    def backward(
+        self,
+        packed: PackedExperts,
+        x: Tensor,
+        ids: Tensor,
+        weights: Tensor,
+        lora: dict[str, Any],
+        int8: bool,
+        kept: tuple[Tensor | None, Tensor | None],
+        grad_out: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor | None, dict[str, Tensor]]:
+        """fp32 gradients of x, weights, lora["x"] (None without) and of every factor by its name."""
+
+
+class LocalKernels:
+    """Every expert in this process."""
+
+    def forward(
+        self,
+        packed: PackedExperts,
+        x: Tensor,
+        ids: Tensor,
+        weights: Tensor,
+        lora: dict[str, Any],
+        int8: bool,
+        retain: bool,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        gate = up = None
+        if retain:
+            rows = (ids.numel(), packed.intermediate_size)
+            gate, up = memory.empty(rows, torch.bfloat16), memory.empty(rows, torch.bfloat16)
+        out = memory.empty(x.shape, torch.float32)
+        native.forward(*packed.native_args(), x, ids, weights, lora, gate, up, int8, out)
+        return out, gate, up
+
+    def backward(
+        self,
+        packed: PackedExperts,
+        x: Tensor,
+        ids: Tensor,
+        weights: Tensor,
+        lora: dict[str, Any],
+        int8: bool,
+        kept: tuple[Tensor | None, Tensor | None],
+        grad_out: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor | None, dict[str, Tensor]]:
+        grads = {name: memory.zeros(lora[name].shape, torch.float32) for name in factor_names(lora)}
+        grad_x, grad_weights = memory.empty(x.shape, torch.float32), memory.empty(weights.shape, torch.float32)
+        grad_x_lora = memory.empty(x.shape, torch.float32) if "x" in lora else None
+        arguments = {**lora, **{f"grad_{name}": grad for name, grad in grads.items()}}
+        native.backward(
+            *packed.native_args(), x, ids, weights, arguments, *kept, int8,
+            grad_out, grad_x, grad_x_lora, grad_weights,
+        )  # fmt: skip
+        return grad_x, grad_weights, grad_x_lora, grads
+
+
+FACTORS = ("gate_a", "gate_b", "up_a", "up_b", "down_a", "down_b")
+LOCAL = LocalKernels()
+
+
+def factor_names(lora: dict[str, Any]) -> list[str]:
+    return [name for name in FACTORS if name in lora]
