@@ -49,11 +49,7 @@ int64_t routed_slots(const LayerCall& call) {
 }
 
 Plan::Plan(const ExpertWeights& weights, const LayerCall& call)
-    : weights(weights),
-      call(call),
-      kernels(kt_sft::kernels()),
-      threads(num_threads()),
-      slots(routed_slots(call)) {
+    : weights(weights), call(call), kernels(kt_sft::kernels()), threads(num_threads()), slots(routed_slots(call)) {
   const int64_t most_tiles = slots / kTileRows + std::min<int64_t>(slots, weights.num_experts) + slots / kMaxRows;
   wave_tile_limit = std::min<int64_t>(std::max<int64_t>(most_tiles, 1), kWaveTiles);
 }
