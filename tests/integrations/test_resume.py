@@ -153,7 +153,7 @@ def test_two_ranks_go_on_as_one_and_one_as_two(workspace):
     """The same global batch, 2 x 2 examples or 1 x 4, within an epoch: stock Trainer keeps one RNG file per rank, and
     shuffles the next epoch differently when there are more or fewer ranks than files.
     """
-    ddp = accelerate(workspace, "ddp_cpu", Path(__file__).with_name("ddp_on_cpu.py"))
+    ddp = accelerate(workspace, "ddp_cpu", ROOT / "src/train.py")
     common = {"max_steps": 4, "lora_dropout": 0.0, "save_steps": 2, "learning_rate": 1.0e-4, "bf16": None}
     two = common | {"use_kt": None, "kt_config": None, "per_device_train_batch_size": 2}
     one = common | {"per_device_train_batch_size": 4}
