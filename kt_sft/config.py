@@ -42,8 +42,8 @@ _SYNONYMS = {
     "cpu_activation": "activation_policy",
     "cpuinfer": "num_threads",
 }
-_BACKENDS = {"amxbf16": "bf16", "amxint8": "int8", "amxint4": "int4"}
-_FORMATS_TO_COME = ("fp8", "rawint4", "mxfp4", "llamafile")
+_BACKENDS = {"amxbf16": "bf16", "amxint8": "int8", "amxint4": "int4", "rawint4": "int4"}
+_FORMATS_TO_COME = ("fp8", "mxfp4", "llamafile")
 
 # Settings of KTransformers without a counterpart: their subject does not exist here, or LLaMA-Factory's key decides.
 _WITHOUT_MEANING = frozenset(

@@ -51,7 +51,7 @@ def test_keys(key, value, field, expected):
         ({"weight_format": "int9"}, "weight_format: expected one of bf16, int8, int4.*'int9'; did you mean"),
         ({"kt_backend": "AMXINT9"}, "f.yaml: kt_backend: .*did you mean 'amxint"),
         ({"kt_backend": "FP8"}, "kt_backend: 'FP8' is not supported yet; use int8"),
-        ({"kt_backend": "RAWINT4"}, "not supported yet"),
+        ({"kt_backend": "MXFP4"}, "not supported yet"),
         ({"kt_expert_weight_format": "mxfp4"}, "not supported yet"),
         ({"kt_backend": "LLAMAFILE"}, "not supported yet"),
         ({"kt_cpu_activation": "retian"}, "activation_policy: .*'retian'; did you mean 'retain'"),

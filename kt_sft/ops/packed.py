@@ -6,6 +6,8 @@ equal slices of ``storage``. Shape suffixes: E experts, D hidden, F intermediate
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -105,14 +107,14 @@ class PackedExperts:
             except ValueError as error:
                 raise ValueError(f"{name}_proj of expert {index}: {error}") from None
 
-    def pack_codes_(self, index: int, matrices: tuple[tuple[Tensor, Tensor], ...]) -> None:
+    def pack_codes_(self, index: int, matrices: Sequence[tuple[Tensor, Tensor | None]]) -> None:
         """Pack one expert in place from (codes, scales) of gate, up and down, without a loss: int4 only.
 
         codes (N, K / 2) uint8, code + 8 in four bits, the even column low; scales (N, ceil(K / group_size)) bf16.
         Raises ValueError on a wrong dtype or shape, and on scales that are NaN or Inf.
         """
         for projection, (name, (codes, scales)) in enumerate(zip(("gate", "up", "down"), matrices, strict=True)):
-            if not torch.isfinite(scales).all():
+            if scales is None or not torch.isfinite(scales).all():
                 raise ValueError(f"{name}_proj of expert {index}: scales: expected finite values, got NaN or Inf")
             try:
                 native.pack_codes(*self.native_args(), index, projection, codes.contiguous(), scales.contiguous())

@@ -3,7 +3,8 @@
 Tensors are read in the order of the files, one expert at a time and some ahead, packed in a buffer for one expert and
 written to the cache file, which is mapped at the end. Memory beyond the mapped file is thus a few experts' tensors;
 with ``cache_dir: none`` it is the packed experts themselves and these few tensors. Quantised experts are dequantised
-one by one and packed in the format asked for; a log line per layer says what that kept of the signal, by its expert 0:
+one by one and packed in the format asked for, unless their codes and scales are those of that format already. A log
+line per layer says what packing kept of the signal, by its expert 0:
 
     SQNR = 10 log10(sum w^2 / sum (w - packed w)^2) dB
 
@@ -48,7 +49,8 @@ _READERS = max(1, min(4, len(os.sched_getaffinity(0)) // 4))  # threads; each ho
 _READ_AHEAD = _READERS + 1  # experts
 _ALIGN = 4096  # of a layer in memory
 
-Matrices = tuple[Tensor, Tensor, Tensor]
+Matrix = Tensor | QuantizedWeight  # values, or codes that are packed as they are
+Matrices = tuple[Matrix, Matrix, Matrix]
 Readers = dict[str, ExpertReader]
 Put = Callable[[str, int, Matrices], None]
 _T = TypeVar("_T")
@@ -144,9 +146,24 @@ def _first_then_others(peers: Peers, first: Callable[[], _T], others: Callable[[
     return result if peers.index == 0 else others()
 
 
-def _read(reader: ExpertReader, expert: int, buffers: dict[str, Tensor]) -> Matrices:
+def _is_packed_form(weight: QuantizedWeight, spec: CacheSpec) -> bool:
+    """Whether codes and scales are those of the packed format: INT4 as compressed-tensors stores it."""
+    return (
+        (weight.kind, spec.weight_format) == ("int4", "int4")
+        and weight.block == (1, spec.group_size or weight.shape[1])
+        and weight.scales is not None
+        and weight.scales.dtype == torch.bfloat16
+        and weight.zeros is None
+        and weight.column_groups is None
+    )
+
+
+def _read(reader: ExpertReader, expert: int, spec: CacheSpec, buffers: dict[str, Tensor]) -> Matrices:
     """One expert's matrices; quantised ones are dequantised into ``buffers``, whose pages are there already."""
     weights = reader.read(expert)
+    parts = (weights.gate, weights.up, weights.down)
+    if all(_is_packed_form(part, spec) for part in parts):
+        return parts
 
     def matrix(name: str, part: QuantizedWeight) -> Tensor:
         if part.kind == "float":
@@ -191,7 +208,7 @@ def _read_ahead(job: _Job) -> Iterator[tuple[str, int, Matrices]]:
     with ThreadPoolExecutor(max_workers=_READERS, thread_name_prefix="kt_sft-read") as pool:
         try:
             for layer, expert in _in_file_order(job):
-                pending.append((layer, expert, pool.submit(_read, job.readers[layer], expert, next(buffers))))
+                pending.append((layer, expert, pool.submit(_read, job.readers[layer], expert, job.spec, next(buffers))))
                 if len(pending) > _READ_AHEAD:
                     layer, expert, future = pending.popleft()
                     yield layer, expert, future.result()
@@ -209,7 +226,7 @@ def _named(
     """The error with the file and tensor that caused it."""
     names = reader.matrix_names(expert)
     for name, matrix in zip(names, matrices, strict=True):
-        if name in checkpoint and not torch.isfinite(matrix.to(torch.bfloat16)).all():
+        if name in checkpoint and isinstance(matrix, Tensor) and not torch.isfinite(matrix.to(torch.bfloat16)).all():
             kind = "NaN" if torch.isnan(matrix).any() else "Inf, or a value beyond bf16"
             return ValueError(
                 f"{checkpoint.entry(name).file}: tensor {name!r}, expert {expert}: expected finite values, got {kind}; "
@@ -218,12 +235,24 @@ def _named(
     return ValueError(f"{checkpoint.folder}: tensors {', '.join(names)}, expert {expert}: {error}")
 
 
+def _pack(packed: PackedExperts, index: int, matrices: Matrices) -> None:
+    gate, up, down = matrices
+    if isinstance(gate, Tensor) and isinstance(up, Tensor) and isinstance(down, Tensor):
+        packed.pack_expert_(index, gate, up, down)
+    else:
+        parts = [part for part in matrices if isinstance(part, QuantizedWeight)]
+        packed.pack_codes_(index, [(part.codes, part.scales) for part in parts])
+
+
 def _report(layer: str, packed: PackedExperts, matrices: Matrices) -> None:
     """Log what packing kept of one expert; ``packed`` holds only that one."""
     if packed.weight_format == "bf16":
         return
     signal = noise = 0.0
     for values, source in zip(packed.dequantize(), matrices, strict=True):
+        if isinstance(source, QuantizedWeight):
+            logger.info("%s: %s codes packed as they are", layer, source.kind)
+            return
         signal += source.float().square().sum().item()
         noise += (values[0].float() - source.float()).square().sum().item()
     sqnr = 10 * math.log10(signal / noise) if signal and noise else math.inf
@@ -236,7 +265,7 @@ def _build(path: Path, job: _Job) -> None:
 
         def put(layer: str, expert: int, matrices: Matrices) -> None:
             one.storage.zero_()  # padding bytes are part of the checksums
-            one.pack_expert_(0, *matrices)
+            _pack(one, 0, matrices)
             if expert == 0:
                 _report(layer, one, matrices)
             writer.put(layer, expert, one.storage)
@@ -255,7 +284,7 @@ def _pack_in_memory(job: _Job, peers: Peers | None) -> dict[str, PackedExperts]:
 
     def pack_into(packed: dict[str, PackedExperts]) -> None:
         def put(layer: str, expert: int, matrices: Matrices) -> None:
-            packed[layer].pack_expert_(expert, *matrices)
+            _pack(packed[layer], expert, matrices)
             if expert == 0:
                 _report(layer, PackedExperts(packed[layer].storage[:first], 1, *sizes[1:]), matrices)
 
