@@ -12,14 +12,13 @@ import atexit
 import logging
 import math
 import os
-from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from ..config import EXPERT_PARALLEL
-from ..ops.kernels import LOCAL, Kernels
+from ..ops.kernels import LOCAL, Inputs, Kept, Kernels
 from ..ops.packed import PackedExperts
 from .agreement import Kind
 from .failures import announce_uncaught
@@ -132,49 +131,27 @@ class SharedKernels:
         self._layer, self._kind = layer, Kind.FORWARD if training else Kind.EVALUATION
         self._overflow_is_normal = overflow_is_normal
 
-    def forward(
-        self,
-        packed: PackedExperts,
-        x: Tensor,
-        ids: Tensor,
-        weights: Tensor,
-        lora: dict[str, Any],
-        int8: bool,
-        retain: bool,
-    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        self._check_ids(ids)
-        self._check_finite("hidden states", x)
-        job = Job(
-            packed=packed, x=x, ids=ids, weights=weights, lora=lora, int8=int8, retain=retain, total_experts=self._total
-        )
+    def forward(self, inputs: Inputs, retain: bool) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        self._check_ids(inputs.ids)
+        self._check_finite("hidden states", inputs.x)
+        job = Job(**inputs._asdict(), retain=retain, total_experts=self._total)
         answer = self._layer.rounds.ask(Request(self._kind, self._layer.number, job))
         if answer is None:
-            out, *_ = LOCAL.forward(packed, x, ids, weights, lora, int8, False)
+            out, *_ = LOCAL.forward(inputs, False)
             return out, *_pack_kept(None, -1, retain)
         result, number = answer
         return result.rows[0], *_pack_kept(result.kept, number, retain)
 
     def backward(
-        self,
-        packed: PackedExperts,
-        x: Tensor,
-        ids: Tensor,
-        weights: Tensor,
-        lora: dict[str, Any],
-        int8: bool,
-        kept: tuple[Tensor | None, Tensor | None],
-        grad_out: Tensor,
+        self, inputs: Inputs, kept: Kept, grad_out: Tensor
     ) -> tuple[Tensor, Tensor, Tensor | None, dict[str, Tensor]]:
         if not self._overflow_is_normal:
             self._check_finite("gradients", grad_out)
-        gate_up, number = _unpack_kept(*kept, packed.intermediate_size)
-        job = Job(
-            packed=packed, x=x, ids=ids, weights=weights, lora=lora, int8=int8,
-            kept=gate_up, grad_out=grad_out, total_experts=self._total,
-        )  # fmt: skip
+        gate_up, number = _unpack_kept(*kept, inputs.packed.intermediate_size)
+        job = Job(**inputs._asdict(), kept=gate_up, grad_out=grad_out, total_experts=self._total)
         answer = self._layer.rounds.ask(Request(Kind.BACKWARD, self._layer.number, job, number))
         if answer is None:
-            return LOCAL.backward(packed, x, ids, weights, lora, int8, (None, None), grad_out)
+            return LOCAL.backward(inputs, (None, None), grad_out)
         result, _ = answer
         grad_x, grad_weights, *grad_x_lora = result.rows
         return grad_x, grad_weights, grad_x_lora[0] if grad_x_lora else None, result.factor_grads

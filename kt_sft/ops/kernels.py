@@ -5,7 +5,7 @@ Shape suffixes: T tokens, K top-k, N = T*K routed rows, D hidden, F intermediate
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -15,32 +15,28 @@ from kt_sft import native
 from . import memory
 from .packed import PackedExperts
 
+Kept = tuple[Tensor | None, Tensor | None]
+
+
+class Inputs(NamedTuple):
+    """Of either pass, as ``native.forward`` takes them."""
+
+    packed: PackedExperts
+    x: Tensor  # (T, D) bf16
+    ids: Tensor  # (T, K) int64
+    weights: Tensor  # (T, K) fp32
+    lora: dict[str, Any]
+    int8: bool
+
 
 class Kernels(Protocol):
-    """x (T, D) bf16, ids (T, K) int64, weights (T, K) fp32; ``lora`` and ``int8`` as ``native.forward`` takes them."""
+    """What runs the passes."""
 
-    def forward(
-        self,
-        packed: PackedExperts,
-        x: Tensor,
-        ids: Tensor,
-        weights: Tensor,
-        lora: dict[str, Any],
-        int8: bool,
-        retain: bool,
-    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    def forward(self, inputs: Inputs, retain: bool) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """out (T, D) fp32, and what backward wants to see again: two tensors, or None where nothing is retained."""
 
     def backward(
-        self,
-        packed: PackedExperts,
-        x: Tensor,
-        ids: Tensor,
-        weights: Tensor,
-        lora: dict[str, Any],
-        int8: bool,
-        kept: tuple[Tensor | None, Tensor | None],
-        grad_out: Tensor,
+        self, inputs: Inputs, kept: Kept, grad_out: Tensor
     ) -> tuple[Tensor, Tensor, Tensor | None, dict[str, Tensor]]:
         """fp32 gradients of x, weights, lora["x"] (None without) and of every factor by its name."""
 
@@ -48,16 +44,8 @@ class Kernels(Protocol):
 class LocalKernels:
     """Every expert in this process."""
 
-    def forward(
-        self,
-        packed: PackedExperts,
-        x: Tensor,
-        ids: Tensor,
-        weights: Tensor,
-        lora: dict[str, Any],
-        int8: bool,
-        retain: bool,
-    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    def forward(self, inputs: Inputs, retain: bool) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        packed, x, ids, weights, lora, int8 = inputs
         gate = up = None
         if retain:
             rows = (ids.numel(), packed.intermediate_size)
@@ -67,16 +55,9 @@ class LocalKernels:
         return out, gate, up
 
     def backward(
-        self,
-        packed: PackedExperts,
-        x: Tensor,
-        ids: Tensor,
-        weights: Tensor,
-        lora: dict[str, Any],
-        int8: bool,
-        kept: tuple[Tensor | None, Tensor | None],
-        grad_out: Tensor,
+        self, inputs: Inputs, kept: Kept, grad_out: Tensor
     ) -> tuple[Tensor, Tensor, Tensor | None, dict[str, Tensor]]:
+        packed, x, ids, weights, lora, int8 = inputs
         grads = {name: memory.zeros(lora[name].shape, torch.float32) for name in factor_names(lora)}
         grad_x, grad_weights = memory.empty(x.shape, torch.float32), memory.empty(weights.shape, torch.float32)
         grad_x_lora = memory.empty(x.shape, torch.float32) if "x" in lora else None

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .kernels import LOCAL, Kernels
+from .kernels import LOCAL, Inputs, Kernels
 from .packed import PackedExperts
 from .transfer import Transfer
 
@@ -64,9 +64,8 @@ class Forward:
     def run(self) -> Tensor:
         call = self.call
         self.transfer.wait()
-        out_TD, *self._kept = call.kernels.forward(
-            call.packed, self._x, self._ids, self._weights, self._lora, call.int8, call.retain
-        )
+        inputs = Inputs(call.packed, self._x, self._ids, self._weights, self._lora, call.int8)
+        out_TD, *self._kept = call.kernels.forward(inputs, call.retain)
         out_TD = self.transfer.to_device(out_TD, *self._target)
         self.transfer.sent()
         return out_TD
@@ -99,8 +98,9 @@ class Backward:
         assert x is not None and ids is not None and weights is not None
         lora = self._lora if x_lora is None else {**self._lora, "x": x_lora}
         self.transfer.wait()
+        inputs = Inputs(self.call.packed, x, ids, weights, lora, self.call.int8)
         grad_x_TD, grad_weights_TK, grad_x_lora_TD, factor_grads = self.call.kernels.backward(
-            self.call.packed, x, ids, weights, lora, self.call.int8, (kept[0], kept[1]), self._grad_out
+            inputs, (kept[0], kept[1]), self._grad_out
         )
         grads = (grad_x_TD, grad_weights_TK, grad_x_lora_TD, *(factor_grads[n] for n in self.call.factor_names))
         sent = tuple(

@@ -7,7 +7,7 @@ import torch
 
 from kt_sft import native
 from kt_sft.ops import pack_experts
-from kt_sft.ops.kernels import LOCAL
+from kt_sft.ops.kernels import LOCAL, Inputs
 from tests.conftest import rms_ratio
 
 E, D, F, T, K, R = 5, 48, 40, 37, 3, 4
@@ -33,13 +33,14 @@ def shares(ids: torch.Tensor) -> list[torch.Tensor]:
 def test_shares_add_up(call, retain, isa):
     packed, x, ids, weights, lora = call
     grad_out = torch.randn(T, D).bfloat16()
-    out, gate, up = LOCAL.forward(packed, x, ids, weights, lora, False, retain)
-    whole = LOCAL.backward(packed, x, ids, weights, lora, False, (gate, up), grad_out)
+    out, gate, up = LOCAL.forward(Inputs(packed, x, ids, weights, lora, False), retain)
+    whole = LOCAL.backward(Inputs(packed, x, ids, weights, lora, False), (gate, up), grad_out)
     parts = []
     for part in shares(ids):
         shared = {**lora, "share": True}
-        out_part, gate, up = LOCAL.forward(packed, x, part, weights, shared, False, retain)
-        parts.append((out_part, LOCAL.backward(packed, x, part, weights, shared, False, (gate, up), grad_out)))
+        inputs = Inputs(packed, x, part, weights, shared, False)
+        out_part, gate, up = LOCAL.forward(inputs, retain)
+        parts.append((out_part, LOCAL.backward(inputs, (gate, up), grad_out)))
     assert rms_ratio(sum(p for p, _ in parts), out) < 1e-2
     for i in (0, 1):
         assert rms_ratio(sum(grads[i] for _, grads in parts), whole[i]) < 1e-2
