@@ -23,6 +23,7 @@ from kt_sft.config import KtConfig
         ("kt_backend", "auto", "weight_format", "int8"),
         ("kt_expert_weight_format", "bf16", "weight_format", "bf16"),
         ("kt_cpu_activation", "recompute", "activation_policy", "recompute"),
+        ("kt_compute_type", "int8", "compute_type", "int8"),
         ("activation_policy", {"cpu": "recompute", "gpu": "recompute"}, "activation_policy", "recompute"),
         ("kt_activation_policy", '{"cpu":"recompute","gpu":"retain"}', "activation_policy", "recompute"),
         ("kt_num_threads", 3, "num_threads", 3),
