@@ -40,6 +40,15 @@ def _seed():
     torch.manual_seed(0)
 
 
+@pytest.fixture(autouse=True)
+def _threads():
+    """What a test sets is its own."""
+    before = native.num_threads()
+    yield
+    if native.num_threads() != before:
+        native.set_num_threads(before)
+
+
 @pytest.fixture(params=ALL_ISAS)
 def isa(request: pytest.FixtureRequest):
     """Every ISA in turn; skipped, with the reason, where the CPU lacks it."""
