@@ -16,6 +16,7 @@ import torch
 
 from benchmarks.machine import ROOT
 from benchmarks.shapes import SHAPES, Shape
+from kt_sft.ops.layout import uniform
 from kt_sft.weights.cache import CacheSpec, PackedWriter, open_packed
 
 _CHUNK = 4 << 20
@@ -50,15 +51,15 @@ def _gb_per_s(path: Path, use: Callable[[], object]) -> float:
 def measure(shape: Shape = SHAPES["A"], repeats: int = 3) -> dict[str, float]:
     """``mapped_gb_per_s`` and ``read_gb_per_s``, the best of a few alternating runs."""
     spec = CacheSpec(
-        **dict(weight_format="int8", group_size=0, num_experts=shape.E, hidden_size=shape.D, intermediate_size=shape.F),
-        **dict(layers=("layer",), packing="benchmark", content="benchmark", source=""),
+        **dict(wanted="int8", num_experts=shape.E, hidden_size=shape.D, intermediate_size=shape.F),
+        **dict(layers=("layer",), packing="benchmark", content="benchmark", source="", layouts=(uniform("int8"),)),
     )
     (ROOT / ".cache").mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory(dir=ROOT / ".cache") as folder:
         path = Path(folder) / "layer.ktpack"
         with PackedWriter(path, spec) as writer:
             for e in range(shape.E):
-                values = torch.randint(256, (spec.layer_bytes // shape.E,), dtype=torch.uint8)
+                values = torch.randint(256, (spec.slot(0),), dtype=torch.uint8)
                 writer.put("layer", e, values)
             writer.commit()
         pairs = [(_gb_per_s(path, lambda: open_packed(path, spec)), _gb_per_s(path, lambda: _read(path)))

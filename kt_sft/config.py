@@ -20,7 +20,7 @@ from typing import Any, Literal, get_args
 
 logger = logging.getLogger(__name__)
 
-WeightFormat = Literal["bf16", "int8", "int4"]
+WeightFormat = Literal["auto", "bf16", "int8", "int4", "fp8", "mxfp4", "gguf"]
 ActivationPolicy = Literal["retain", "recompute"]
 ComputeType = Literal["bf16", "int8"]
 ExpertParallel = Literal["host", "world", "none"]
@@ -42,8 +42,7 @@ _SYNONYMS = {
     "cpu_activation": "activation_policy",
     "cpuinfer": "num_threads",
 }
-_BACKENDS = {"amxbf16": "bf16", "amxint8": "int8", "amxint4": "int4", "rawint4": "int4"}
-_FORMATS_TO_COME = ("fp8", "mxfp4", "llamafile")
+_BACKENDS = {"amxbf16": "bf16", "amxint8": "int8", "amxint4": "int4", "rawint4": "int4", "llamafile": "gguf"}
 
 # Settings of KTransformers without a counterpart: their subject does not exist here, or LLaMA-Factory's key decides.
 _WITHOUT_MEANING = frozenset(
@@ -80,7 +79,8 @@ class KtConfig:
 
     Attributes:
         enabled: False in a ``kt_config`` block means that the caller must leave the model alone.
-        weight_format: bf16, int8 or int4.
+        weight_format: auto keeps what the checkpoint quantised as it is and packs the rest as int8; bf16, int8 and int4
+            are made from any checkpoint; fp8, mxfp4 and gguf need one whose experts are stored so.
         group_size: input features per scale: 32, 64, 128, or 0 for one scale per output channel; None: the format's.
         activation_policy: retain keeps the layer's activations for backward, recompute only its inputs.
         compute_type: of the forward products: bf16, or int8 (needs int8 weights and a CPU with int8 dot products; the
@@ -95,7 +95,7 @@ class KtConfig:
     """
 
     enabled: bool = True
-    weight_format: WeightFormat = "int8"
+    weight_format: WeightFormat = "auto"
     group_size: int | None = None
     activation_policy: ActivationPolicy = "retain"
     compute_type: ComputeType = "bf16"
@@ -111,7 +111,7 @@ class KtConfig:
         _one_of("activation_policy", self.activation_policy, ACTIVATION_POLICIES)
         _one_of("compute_type", self.compute_type, COMPUTE_TYPES)
         _one_of("expert_parallel", self.expert_parallel, EXPERT_PARALLEL)
-        if self.compute_type == "int8" and (self.weight_format != "int8" or self.group_size == 32):
+        if self.compute_type == "int8" and (self.weight_format not in ("auto", "int8") or self.group_size == 32):
             raise ValueError(
                 "compute_type: int8 products need weight_format int8 with group_size 0, 64 or 128; "
                 f"got {self.weight_format} with group_size {self.group_size}; choose compute_type bf16 or these"
@@ -124,10 +124,10 @@ class KtConfig:
                     f"group_size: expected 32, 64, 128, 0 (one scale per output channel) or nothing (the format's), "
                     f"got {self.group_size!r}"
                 )
-            if self.weight_format == "bf16" and self.group_size:
+            if self.weight_format not in ("auto", "int8", "int4") and self.group_size:
                 raise ValueError(
-                    f"group_size: expected nothing, since bf16 has no scales; got {self.group_size}; "
-                    "leave it out or choose weight_format int8 or int4"
+                    f"group_size: expected nothing, since {self.weight_format} leaves no choice; got {self.group_size};"
+                    " leave it out or choose weight_format int8 or int4"
                 )
         value = self.num_threads
         if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
@@ -272,19 +272,13 @@ def _check_only(key: str, name: str, raw: Any, source: str) -> None:
         raise ValueError(f"{where}: expected {only!r} ({why}), got {raw!r}; set it to {only!r} or leave it out")
 
 
-def _weight_format(where: str, raw: Any) -> str | None:
-    """The format that a name of ours or a backend of KTransformers stands for; None for auto."""
+def _weight_format(where: str, raw: Any) -> str:
+    """The format that a name of ours or a backend of KTransformers stands for."""
     text = str(raw).strip().lower()
-    if text == "auto":
-        return None
-    if text.removeprefix("amx") in _FORMATS_TO_COME:
-        raise ValueError(
-            f"{where}: {raw!r} is not supported yet; use int8 (or int4, bf16): such a checkpoint is packed in it"
-        )
     value = _BACKENDS.get(text, text)
     if value not in WEIGHT_FORMATS:
-        hint = _nearest(text, (*WEIGHT_FORMATS, *_BACKENDS, "auto"))
-        choices = ", ".join((*WEIGHT_FORMATS, *(b.upper() for b in _BACKENDS), "auto"))
+        hint = _nearest(text, (*WEIGHT_FORMATS, *_BACKENDS))
+        choices = ", ".join((*WEIGHT_FORMATS, *(b.upper() for b in _BACKENDS)))
         raise ValueError(f"{where}: expected one of {choices}; got {raw!r}{hint}")
     return value
 

@@ -2,6 +2,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <array>
 #include <chrono>
 #include <string>
 #include <vector>
@@ -21,9 +22,12 @@ namespace kt_sft {
 namespace {
 
 constexpr const char* kFormatNames[] = {
-#define KT_FORMAT(name, Struct, pair_bytes, has_scales) #name,
+#define KT_FORMAT(name, Codes, Scales, bits, ...) #name,
 #include "kernels/registry.inc"
 };
+
+// (format, group size) of gate, up and down.
+using Layout = std::array<std::pair<std::string, int>, 3>;
 
 Format parse_format(const std::string& name) {
   std::string known;
@@ -34,20 +38,24 @@ Format parse_format(const std::string& name) {
   fail("weight_format: expected one of ", known, "; got '", name, "'");
 }
 
-ExpertWeights expert_weights(int experts, int hidden, int intermediate, const std::string& format, int group_size) {
+ExpertWeights expert_weights(int experts, int hidden, int intermediate, const Layout& layout) {
   KT_CHECK(experts >= 1 && hidden >= 1 && intermediate >= 1, "experts: expected positive sizes, got E=", experts,
            " D=", hidden, " F=", intermediate);
-  KT_CHECK(group_size >= 0 && group_size % kBlock == 0, "group_size: expected 0 (per channel) or a multiple of ",
-           kBlock, ", got ", group_size);
-  return {experts, hidden, intermediate, parse_format(format), group_size, nullptr};
+  MatrixFormat formats[3];
+  for (int p = 0; p < 3; ++p) {
+    const auto& [format, group_size] = layout[p];
+    KT_CHECK(group_size >= 0 && group_size % kBlock == 0, "group_size: expected 0 (per channel) or a multiple of ",
+             kBlock, ", got ", group_size);
+    formats[p] = {parse_format(format), group_size};
+  }
+  return ExpertWeights(experts, hidden, intermediate, formats);
 }
 
 // The packed experts of one layer: E * expert_bytes of storage, checked once and kept alive.
 class PackedHandle {
  public:
-  PackedHandle(const py::object& storage, int experts, int hidden, int intermediate, const std::string& format,
-               int group_size)
-      : storage_(storage), weights_(expert_weights(experts, hidden, intermediate, format, group_size)) {
+  PackedHandle(const py::object& storage, int experts, int hidden, int intermediate, const Layout& layout)
+      : storage_(storage), weights_(expert_weights(experts, hidden, intermediate, layout)) {
     weights_.storage = tensor<uint8_t>(storage, "storage", {Dtype::u8}, {experts * weights_.expert_bytes()});
     KT_CHECK(reinterpret_cast<uintptr_t>(weights_.storage) % 16 == 0, "storage: expected 16-byte aligned memory");
   }
@@ -76,6 +84,8 @@ void wish_huge_pages(const py::object& tensor) {
 
 void pack(const PackedHandle& packed, int expert, int projection, const py::object& weights) {
   const PackedMatrix m = checked_matrix(packed.weights(), expert, projection);
+  KT_CHECK(quantises(m.format), "weights: expected codes for a matrix packed as ", info(m.format).name,
+           ", got values: only bf16, int8 and int4 are made from values");
   Dtype dtype;
   const void* data = tensor<void>(weights, "weights", {Dtype::bf16, Dtype::f32}, {m.rows, m.cols}, &dtype);
   bool finite;
@@ -86,22 +96,33 @@ void pack(const PackedHandle& packed, int expert, int projection, const py::obje
   KT_CHECK(finite, "weights: expected finite values, got NaN or Inf");
 }
 
-void pack_codes(const PackedHandle& packed, int expert, int projection, const py::object& codes,
-                const py::object& scales) {
+void pack_quantised(const PackedHandle& packed, int expert, int projection, const py::object& codes,
+                    const std::vector<py::object>& planes) {
   const PackedMatrix m = checked_matrix(packed.weights(), expert, projection);
-  KT_CHECK(m.format == Format::int4 && m.cols % 2 == 0,
-           "codes: expected experts packed as int4 with an even number of columns");
-  const int64_t groups = ceil_div(m.cols, m.group_size);
-  const uint8_t* code_data = tensor<uint8_t>(codes, "codes", {Dtype::u8}, {m.rows, m.cols / 2});
-  const uint16_t* scale_data = tensor<uint16_t>(scales, "scales", {Dtype::bf16}, {m.rows, groups});
-  KT_CHECK(groups == m.groups(), "group_size: expected groups that end within the last 32 columns, got ", m.group_size);
+  const int bits = info(m.format).bits;
+  KT_CHECK(bits <= 8 && m.cols % 2 == 0,
+           "codes: expected a format of at most 8 bits and an even number of columns, got ", info(m.format).name,
+           " and ", m.cols);
+  const uint8_t* code_data = tensor<uint8_t>(codes, "codes", {Dtype::u8}, {m.rows, bits == 4 ? m.cols / 2 : m.cols});
+  const uint8_t* plane_data[kMaxPlanes] = {};
+  int count = 0;
+  for (; count < kMaxPlanes && m.plane(count).lanes > 0; ++count) {
+    const Plane plane = m.plane(count);
+    KT_CHECK(ceil_div(m.cols, plane.columns) == m.plane_groups(count),
+             "group_size: expected groups that end within the last 32 columns, got ", plane.columns);
+    KT_CHECK(count < static_cast<int>(planes.size()), "planes: expected more than ", planes.size());
+    const std::vector<int64_t> shape{plane.lanes == 1 ? m.row_blocks() : m.rows,
+                                     int64_t{m.plane_groups(count)} * plane.bytes};
+    plane_data[count] = tensor<uint8_t>(planes[count], "scales", {Dtype::u8}, shape);
+  }
+  KT_CHECK(count == static_cast<int>(planes.size()), "planes: expected ", count, ", got ", planes.size());
   py::gil_scoped_release release;
-  pack_int4_codes(m, code_data, scale_data);
+  pack_codes(m, code_data, plane_data);
 }
 
 void unpack(const PackedHandle& packed, int expert, int projection, const py::object& out) {
   const PackedMatrix m = checked_matrix(packed.weights(), expert, projection);
-  uint16_t* data = tensor<uint16_t>(out, "out", {Dtype::bf16}, {m.rows, m.cols});
+  float* data = tensor<float>(out, "out", {Dtype::f32}, {m.rows, m.cols});
   py::gil_scoped_release release;
   unpack_matrix(m, data);
 }
@@ -120,7 +141,7 @@ void product(const PackedHandle& packed, int expert, int projection, bool transp
 
 void check_int8(const PackedMatrix& m) {
   KT_CHECK(kernels().gemm8 != nullptr, "int8 products: the kernels of ", kernels().name, " have none");
-  KT_CHECK(m.format == Format::int8 && (m.group_size % kSteps8 == 0 || m.groups() == 1),
+  KT_CHECK(m.format == Format::int8 && (m.group_size % kSteps8 == 0 || m.plane_groups(0) == 1),
            "int8 products: expected int8 weights per channel or in groups of a multiple of ", kSteps8,
            ", got groups of ", m.group_size);
 }
@@ -201,7 +222,8 @@ LayerCall layer_call(const ExpertWeights& w, const py::object& x, const py::obje
   const int64_t T = shape[0], K = shape[1], D = w.hidden, F = w.intermediate;
   KT_CHECK(T * K < (int64_t{1} << 31), "topk_ids: at most 2^31 - 1 routed rows in one call, got ", T * K);
   LayerCall c{};
-  if (int8) check_int8(w.matrix(0, kGate));
+  if (int8)
+    for (Projection p : {kGate, kUp, kDown}) check_int8(w.matrix(0, p));
   c.compute = int8 ? Compute::int8 : Compute::bf16;
   c.tokens = T, c.top_k = static_cast<int>(K);
   c.x = tensor<uint16_t>(x, "hidden_states", {Dtype::bf16}, {T, D});
@@ -299,8 +321,8 @@ PYBIND11_MODULE(_C, m) {
         py::call_guard<py::gil_scoped_release>(), "bytes per second that all threads read together");
   m.def("workspace_bytes", Workspace::capacity);
   m.def("set_workspace_poison", Workspace::set_poison, py::arg("on"));
-  m.def("packed_bytes", [](int experts, int hidden, int intermediate, const std::string& format, int group_size) {
-    return experts * expert_weights(experts, hidden, intermediate, format, group_size).expert_bytes();
+  m.def("packed_bytes", [](int experts, int hidden, int intermediate, const Layout& layout) {
+    return experts * expert_weights(experts, hidden, intermediate, layout).expert_bytes();
   });
   m.def("sort_by_expert", [](const py::object& ids, int experts, const py::object& counts, const py::object& order) {
     const auto slots = ids.attr("numel")().cast<int64_t>();
@@ -311,11 +333,11 @@ PYBIND11_MODULE(_C, m) {
                    tensor<int32_t>(order, "order", {Dtype::i32}, {slots}));
   });
   py::class_<PackedHandle>(m, "PackedHandle", "The packed experts of one layer, as the calls below take them first")
-      .def(py::init<py::object, int, int, int, std::string, int>(), py::arg("storage"), py::arg("experts"),
-           py::arg("hidden"), py::arg("intermediate"), py::arg("weight_format"), py::arg("group_size"));
+      .def(py::init<py::object, int, int, int, Layout>(), py::arg("storage"), py::arg("experts"), py::arg("hidden"),
+           py::arg("intermediate"), py::arg("layout"));
   m.def("wish_huge_pages", wish_huge_pages, "ask for transparent huge pages for a fresh CPU tensor");
   m.def("pack", pack);
-  m.def("pack_codes", pack_codes, "int4 codes + 8, two to a byte, and their bf16 scales, as they are");
+  m.def("pack_codes", pack_quantised, "codes and scale planes as they are: csrc/kernels/pack.h");
   m.def("unpack", unpack);
   m.def("product", product, "out = act W^T, or act W if transposed; W is one projection of one expert");
   m.def("product_int8", product_int8, "out = act W^T with act quantised per row and group of columns");

@@ -1,57 +1,116 @@
-// One format: codes of 16 pairs, without scales:
-//   decode        two vectors of 16 floats: column 2p and column 2p + 1 of 16 rows n
+// The codes of a format: what they stand for before any scale.
+//   decode        of pair p and 16 rows: two vectors of 16 floats, column 2p and column 2p + 1. `at` is where the block
+//                 holds the first row's pair 0 (kPairBytes per row and pair)
 //   decode_pairs  the same in memory order: (n, 2p), (n, 2p + 1) of rows 0 to 7, then of rows 8 to 15; kOrdered says
 //                 that this is the cheaper one
 //   encode        stores two vectors of 16 codes from kLeastCode to kLargestCode; kSearchesScale: see quantize.h
-// Written once over the vector vocabulary V of the ISA; included inside the variant's namespace.
+// Written over the vector vocabulary Vec; included inside the variant's namespace.
 #pragma once
 
 struct Bf16 {
   static constexpr int kPairBytes = 4;
   static constexpr bool kOrdered = false;
-  template <class V>
-  static void decode(const uint8_t* pairs, typename V::F32& even, typename V::F32& odd) {
-    const auto words = V::load_i32(pairs);
-    even = V::as_f32(V::template shift_left<16>(words));
-    odd = V::as_f32(V::high_half(words));
+  static void decode(const uint8_t* at, int p, Vec::F32& even, Vec::F32& odd) {
+    const auto words = Vec::load_i32(at + p * kBlock * kPairBytes);
+    even = Vec::as_f32(Vec::shift_left<16>(words));
+    odd = Vec::as_f32(Vec::high_half(words));
   }
 };
 
 struct Int8 {
   static constexpr int kPairBytes = 2;
   static constexpr bool kOrdered = true;
-  template <class V>
-  static void decode_pairs(const uint8_t* pairs, typename V::F32& first, typename V::F32& second) {
-    first = V::to_f32(V::load_i8(pairs));
-    second = V::to_f32(V::load_i8(pairs + 16));
+  static void decode_pairs(const uint8_t* at, int p, Vec::F32& first, Vec::F32& second) {
+    first = Vec::to_f32(Vec::load_i8(at + p * kBlock * kPairBytes));
+    second = Vec::to_f32(Vec::load_i8(at + p * kBlock * kPairBytes + 16));
   }
-  template <class V>
-  static void decode(const uint8_t* pairs, typename V::F32& even, typename V::F32& odd) {
-    const auto words = V::load_i16(pairs);  // sign-extended to 32 bits
-    even = V::to_f32(V::template shift_right<24>(V::template shift_left<24>(words)));
-    odd = V::to_f32(V::template shift_right<8>(words));
+  static void decode(const uint8_t* at, int p, Vec::F32& even, Vec::F32& odd) {
+    const auto words = Vec::load_i16(at + p * kBlock * kPairBytes);  // sign-extended to 32 bits
+    even = Vec::to_f32(Vec::shift_right<24>(Vec::shift_left<24>(words)));
+    odd = Vec::to_f32(Vec::shift_right<8>(words));
   }
   static constexpr float kLeastCode = -127, kLargestCode = 127;
   static constexpr bool kSearchesScale = false;
-  template <class V>
-  static void encode(typename V::I32 even, typename V::I32 odd, uint8_t* pairs) {
-    V::store_low16(pairs, V::bit_or(V::bit_and(even, V::splat_i32(0xff)), V::template shift_left<8>(odd)));
+  static void encode(Vec::I32 even, Vec::I32 odd, uint8_t* pairs) {
+    Vec::store_low16(pairs, Vec::bit_or(Vec::bit_and(even, Vec::splat_i32(0xff)), Vec::shift_left<8>(odd)));
   }
 };
 
-struct Int4 {
-  static constexpr int kPairBytes = 1;
-  static constexpr bool kOrdered = false;
-  template <class V>
-  static void decode(const uint8_t* pairs, typename V::F32& even, typename V::F32& odd) {
-    const auto words = V::load_i8(pairs);
-    even = V::low_nibble(words);
-    odd = V::low_nibble(V::template shift_right<4>(words));
+// E4M3 (OCP 8-bit floating point specification 1.0): sign, four bits of exponent with bias 7, three of mantissa. Its
+// seven low bits, as the top of an fp32's exponent and mantissa, are the value times 2^-120, subnormals included.
+struct Fp8 {
+  static constexpr int kPairBytes = 2;
+  static constexpr bool kOrdered = true;
+  static void decode_pairs(const uint8_t* at, int p, Vec::F32& first, Vec::F32& second) {
+    first = value(Vec::shift_left<20>(Vec::load_i8(at + p * kBlock * kPairBytes)));
+    second = value(Vec::shift_left<20>(Vec::load_i8(at + p * kBlock * kPairBytes + 16)));
   }
-  static constexpr float kLeastCode = -8, kLargestCode = 7;
-  static constexpr bool kSearchesScale = true;
-  template <class V>
-  static void encode(typename V::I32 even, typename V::I32 odd, uint8_t* pairs) {
-    V::store_low8(pairs, V::bit_or(V::bit_and(even, V::splat_i32(0xf)), V::template shift_left<4>(odd)));
+  static void decode(const uint8_t* at, int p, Vec::F32& even, Vec::F32& odd) {
+    const auto words = Vec::load_i16(at + p * kBlock * kPairBytes);
+    even = value(Vec::shift_right<4>(Vec::shift_left<24>(words)));
+    odd = value(Vec::shift_right<4>(Vec::shift_left<16>(words)));
+  }
+  static Vec::F32 value(Vec::I32 bits) {  // the seven bits from bit 20 on, the sign from bit 27 on
+    const auto kept = Vec::bit_and(bits, Vec::splat_i32(static_cast<int>(0x87f00000u)));
+    return Vec::mul(Vec::as_f32(kept), Vec::broadcast(0x1p120f));
   }
 };
+
+// Four bits, each standing for one of 16 levels.
+template <class Levels>
+struct Nibbles {
+  static constexpr int kPairBytes = 1;
+  static constexpr bool kOrdered = false;
+  static void decode(const uint8_t* at, int p, Vec::F32& even, Vec::F32& odd) {
+    const auto words = Vec::load_i8(at + p * kBlock);
+    even = Levels::of(words);
+    odd = Levels::of(Vec::shift_right<4>(words));
+  }
+};
+
+struct SignedLevels {
+  static Vec::F32 of(Vec::I32 words) { return Vec::low_nibble(words); }
+};
+struct UnsignedLevels {
+  static Vec::F32 of(Vec::I32 words) { return Vec::to_f32(Vec::bit_and(words, Vec::splat_i32(15))); }
+};
+struct E2m1Levels {  // OCP Microscaling formats 1.0, section 5.3.3
+  static constexpr float kLevels[16] = {0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0f, -0.5, -1, -1.5, -2, -3, -4, -6};
+  static Vec::F32 of(Vec::I32 words) { return Vec::look_up(words, kLevels); }
+};
+struct Iq4NlLevels {  // kvalues_iq4nl in ggml-common.h of llama.cpp
+  static constexpr float kLevels[16] = {-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113};
+  static Vec::F32 of(Vec::I32 words) { return Vec::look_up(words, kLevels); }
+};
+
+struct Int4 : Nibbles<SignedLevels> {
+  static constexpr float kLeastCode = -8, kLargestCode = 7;
+  static constexpr bool kSearchesScale = true;
+  static void encode(Vec::I32 even, Vec::I32 odd, uint8_t* pairs) {
+    Vec::store_low8(pairs, Vec::bit_or(Vec::bit_and(even, Vec::splat_i32(0xf)), Vec::shift_left<4>(odd)));
+  }
+};
+using Uint4 = Nibbles<UnsignedLevels>;
+using E2m1 = Nibbles<E2m1Levels>;
+using Iq4Nl = Nibbles<Iq4NlLevels>;
+
+// Low nibbles, then kHigh more bits of every code; value = code - kZero.
+template <int kHigh, int kZero>
+struct SplitBits {
+  static constexpr int kPairBytes = 1;
+  static constexpr bool kOrdered = false;
+  static void decode(const uint8_t* at, int p, Vec::F32& even, Vec::F32& odd) {
+    constexpr int kPairsPerByte = 4 / kHigh;
+    const auto low = Vec::load_u8(at + p * kBlock);
+    const uint8_t* bytes = at + kPairs * kBlock + p / kPairsPerByte * kBlock;
+    const auto high = Vec::shift_right_by(Vec::load_u8(bytes), p % kPairsPerByte * 2 * kHigh);
+    even = value(Vec::bit_and(low, Vec::splat_i32(15)), high);
+    odd = value(Vec::shift_right<4>(low), Vec::shift_right<kHigh>(high));
+  }
+  static Vec::F32 value(Vec::I32 low, Vec::I32 high) {
+    const auto top = Vec::shift_left<4>(Vec::bit_and(high, Vec::splat_i32((1 << kHigh) - 1)));
+    return Vec::to_f32(Vec::add_i32(Vec::bit_or(low, top), Vec::splat_i32(-kZero)));
+  }
+};
+using Uint5 = SplitBits<1, 0>;
+using Int6 = SplitBits<2, 32>;

@@ -16,49 +16,46 @@ struct Panel {
 // -------------------------------------------------------------------------------
 
 // Codes arrive from memory one panel ahead of their decoding: 8 blocks of about 80 ns each cover the latency of DRAM.
-inline void prefetch_block(const PackedMatrix& w, const uint8_t* block) {
-  for (int i = 0; i < w.block_bytes(); i += 64) __builtin_prefetch(block + i);
+template <class R>
+inline void prefetch_block(const uint8_t* block) {
+  for (int i = 0; i < R::kBlockBytes; i += 64) __builtin_prefetch(block + i);
 }
 
 // A right tile of bf16 pairs from codes that lie in the same order: no shuffles, the scales are doubled instead.
-template <class Format, class V, class Target>
-inline void decode_ordered(const uint8_t* pairs, int bytes, const uint16_t* scales, typename Target::Elem* to) {
-  const auto scale = V::load_bf16(scales);
-  const auto first_scale = V::twice_low(scale), second_scale = V::twice_high(scale);
+template <class R, class Target>
+inline void decode_ordered(const uint8_t* at, Vec::F32 scale, typename Target::Elem* to) {
+  const auto first_scale = Vec::twice_low(scale), second_scale = Vec::twice_high(scale);
   for (int p = 0; p < kPairs; ++p) {
-    typename V::F32 first, second;
-    Format::template decode_pairs<V>(pairs + p * kBlock * bytes, first, second);
-    Target::store_pairs(to + p * kBlock, V::mul(first, first_scale), V::mul(second, second_scale));
+    Vec::F32 first, second;
+    R::Codes::decode_pairs(at, p, first, second);
+    Target::store_pairs(to + p * kBlock, Vec::mul(first, first_scale), Vec::mul(second, second_scale));
   }
 }
 
 // A panel as tiles [2][q tile], which start kPanelTiles apart.
 //   right: strip = 32 rows n (block row), q = k        left: strip = 32 columns k (block column), q = n
-template <class Format, bool Scaled, Side kSide>
+template <class R, Side kSide>
 inline void decode_panel(const PackedMatrix& w, const Panel& at, Ops::Elem* dst, const Panel& next) {
-  constexpr bool kRight = kSide == Side::right;
-  const int bytes = pair_bytes(w.format);
+  using Codes = typename R::Codes;
+  constexpr bool kRight = kSide == Side::right, kPairTiles = sizeof(Ops::Elem) == 2;
   for (int q = 0; q < at.q_tiles; ++q) {
     const int nb = kRight ? at.strip : at.q0 + q, kb = kRight ? at.q0 + q : at.strip;
     const uint8_t* block = w.block(nb, kb);
-    const uint16_t* scales = w.block_scales(nb, kb);
     if (q < next.q_tiles)
-      prefetch_block(w, kRight ? w.block(next.strip, next.q0 + q) : w.block(next.q0 + q, next.strip));
+      prefetch_block<R>(kRight ? w.block(next.strip, next.q0 + q) : w.block(next.q0 + q, next.strip));
     for (int half = 0; half < kStripTiles; ++half) {
-      const uint8_t* pairs = block + half * kTileRows * bytes;
-      const uint16_t* row_scales = scales + half * kTileRows;
+      const uint8_t* codes = block + half * kTileRows * Codes::kPairBytes;
       Ops::Elem* to = dst + (half * kPanelTiles + q) * kTileElems;
-      if constexpr (kRight && sizeof(Ops::Elem) == 2 && !Scaled) {
-        for (int p = 0; p < kPairs; ++p) __builtin_memcpy(to + p * kBlock, pairs + p * kBlock * bytes, 64);
-      } else if constexpr (kRight && sizeof(Ops::Elem) == 2 && Format::kOrdered) {
-        decode_ordered<Format, Vec, Ops>(pairs, bytes, row_scales, to);
+      const Weights<R> weights(w, nb, kb, half);
+      if constexpr (kRight && kPairTiles && !R::Scales::kAny) {
+        for (int p = 0; p < kPairs; ++p) __builtin_memcpy(to + p * kBlock, codes + p * kBlock * 4, 64);
+      } else if constexpr (kRight && kPairTiles && Codes::kOrdered) {
+        decode_ordered<R, Ops>(codes, weights.scales[0], to);
       } else {
-        Vec::F32 scale{};
-        if constexpr (Scaled) scale = Vec::load_bf16(row_scales);
         for (int p = 0; p < kPairs; ++p) {
           Vec::F32 even, odd;  // columns 2p and 2p + 1 of 16 rows n
-          Format::template decode<Vec>(pairs + p * kBlock * bytes, even, odd);
-          if constexpr (Scaled) even = Vec::mul(even, scale), odd = Vec::mul(odd, scale);
+          Codes::decode(codes, p, even, odd);
+          even = weights.of(even, p), odd = weights.of(odd, p);
           if constexpr (kRight) {
             Ops::store_right(to, p, even, odd);
           } else {
@@ -75,10 +72,10 @@ inline void decode_panel(const PackedMatrix& w, const Panel& at, Ops::Elem* dst,
 
 inline void decode_any(Side weight_side, const PackedMatrix& w, const Panel& at, Ops::Elem* dst, const Panel& next) {
   switch (w.format) {
-#define KT_FORMAT(name, Struct, pair_bytes, has_scales)                                                 \
-  case kt_sft::Format::name:                                                                            \
-    return weight_side == Side::right ? decode_panel<Struct, has_scales, Side::right>(w, at, dst, next) \
-                                      : decode_panel<Struct, has_scales, Side::left>(w, at, dst, next);
+#define KT_FORMAT(name, Codes, Scales, bits, ...)                                                              \
+  case kt_sft::Format::name:                                                                                   \
+    return weight_side == Side::right ? decode_panel<Row<kt_sft::Format::name>, Side::right>(w, at, dst, next) \
+                                      : decode_panel<Row<kt_sft::Format::name>, Side::left>(w, at, dst, next);
 #include "kernels/registry.inc"
   }
 }

@@ -94,7 +94,7 @@ inline void gemm8(const Gemm8Args& g) {
       alignas(64) float column_scales[kBlock];
       for (int half = 0; half < kStripTiles; ++half)
         Vec::store(column_scales + half * kTileRows,
-                   Vec::load_bf16(w.block_scales(nb, q0 / kBlock) + half * kTileRows));
+                   BlockScales<Row<kt_sft::Format::int8>>(w, nb, q0 / kBlock).scale(half, 0));
       ActiveOps::multiply8({g.act + int64_t{t0} * kTile8Bytes, all_tiles, panel, start, g.scales + q0 / g.group, groups,
                             column_scales, accumulator(c, strip, m_tiles, 0, 0), g.m, tiles, q0 > 0});
     }

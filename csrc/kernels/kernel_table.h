@@ -61,7 +61,7 @@ struct Gemm8Args {
   void* scratch;  // gemm_scratch_bytes
 };
 
-// 32 rows of a weight matrix, row-major bf16 or fp32, to be quantised into block row nb of dst.
+// 32 rows of a weight matrix, row-major bf16 or fp32, to be quantised into block row nb of dst: bf16, int8 or int4.
 struct QuantizeArgs {
   const void* weights;
   bool is_float;
@@ -83,8 +83,8 @@ struct KernelTable {
   void (*swiglu_backward)(const uint16_t* g, const uint16_t* u, const float* z, float w, int n, float* dg, float* du,
                           float* dw_parts);
   void (*to_bf16)(const float* from, int n, uint16_t* to);
-  bool (*quantize_strip)(const QuantizeArgs&);                       // false if a weight is NaN or Inf
-  void (*unpack_strip)(const PackedMatrix&, int nb, uint16_t* out);  // bf16 rows [32 nb, 32 nb + 32) of (rows, cols)
+  bool (*quantize_strip)(const QuantizeArgs&);                    // false if a weight is NaN or Inf
+  void (*unpack_strip)(const PackedMatrix&, int nb, float* out);  // rows [32 nb, 32 nb + 32) of (rows, cols)
   double (*peak)(int64_t iterations);  // multiply-adds on registers only; returns the operations done
   // Native int8 products; null where the ISA has no int8 dot product.
   void (*quantize_rows)(const QuantizeRowsArgs&);

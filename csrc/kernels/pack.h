@@ -6,14 +6,21 @@
 
 namespace kt_sft {
 
-// Quantise and pack a row-major (rows, cols) matrix, bf16 bits or fp32. Returns false if a weight is NaN or Inf.
+constexpr bool quantises(Format format) {
+  return format == Format::bf16 || format == Format::int8 || format == Format::int4;
+}
+
+// Quantise and pack a row-major (rows, cols) matrix, bf16 bits or fp32, in a format that quantises().
+// Returns false if a weight is NaN or Inf.
 bool pack_matrix(const PackedMatrix& dst, const void* weights, bool is_float);
 
-// Codes that are quantised already, as they are: codes (rows, cols / 2) of int4, each nibble code + 8, the even column
-// low; scales (rows, groups) bf16 bits.
-void pack_int4_codes(const PackedMatrix& dst, const uint8_t* codes, const uint16_t* scales);
+// Codes that are quantised already, as they are.
+//   codes   (rows, cols / 2) for 4 bits, the even column in the low nibble, signed ones as code + 8; (rows, cols) bytes
+//           for 8 bits as the format has them, and for 5 and 6 bits as unsigned codes
+//   planes  one per plane of the format: row-major (rows, or row blocks where a plane has one lane; groups) elements
+void pack_codes(const PackedMatrix& dst, const uint8_t* codes, const uint8_t* const* planes);
 
-// The values that products see: out (rows, cols) bf16 bits = bf16_rne(code * scale).
-void unpack_matrix(const PackedMatrix& src, uint16_t* out);
+// The exact weights: out (rows, cols).
+void unpack_matrix(const PackedMatrix& src, float* out);
 
 }  // namespace kt_sft

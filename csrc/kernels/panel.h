@@ -1,12 +1,14 @@
 // THE layout contract of packed weights and of the tiles that the micro-kernels read.
 //
-// Packed matrix W (n rows, k columns; both padded with zeros to multiples of 32):
+// Packed matrix W (n rows, k columns; both padded to multiples of 32):
 //   blocks of 32 x 32, block (nb, kb) at codes + (nb * KB + kb) * block_bytes, KB = k / 32.
 //   Inside a block the unit is a pair (W[n][2p], W[n][2p+1]); pair (p, n) is number p * 32 + n.
-//     bf16: 4 bytes (low half first)   int8: 2 bytes (low half first)   int4: 1 byte (low nibble first)
-//   scales: bf16, [nb][group][32 n], groups of group_size along k (one group when per channel); none for bf16.
-//   The value that enters a product, in both directions, is bf16_rne(code * scale); products of up to kSkinnyRows rows
-//   take the exact code and apply the scale to fp32 sums.
+//     16 bits: 4 bytes (low half first)   8 bits: 2 bytes (low half first)   4 bits: 1 byte (low nibble first)
+//     5 and 6 bits: the low nibbles as above, then the high bits of a pair: 2 bits at byte [p / 4][n] from bit
+//     2 (p % 4), or 4 bits at byte [p / 2][n] from bit 4 (p % 2); the first column's bits first
+//   scales: block row after block row, in each the planes of its format: [group of columns][lane = 32 n, or 1].
+//   The value that enters a product, in both directions, is bf16_rne(code * scale + offset), in fp32 before; products
+//   of up to kSkinnyRows rows take it without that rounding.
 //
 // Tiles, 512 elements each, element = bf16 where the ISA multiplies bf16 pairs and float elsewhere:
 //   left  tile: 16 rows c, 32 reduction steps q:  [c][q]
@@ -42,47 +44,64 @@ constexpr int64_t round_up(int64_t value, int64_t unit) { return (value + unit -
 constexpr int64_t ceil_div(int64_t value, int64_t unit) { return (value + unit - 1) / unit; }
 
 enum class Format : int {
-#define KT_FORMAT(name, Struct, pair_bytes, has_scales) name,
+#define KT_FORMAT(name, Codes, Scales, bits, ...) name,
 #include "kernels/registry.inc"
 };
 
-constexpr int pair_bytes(Format format) {
-  constexpr int bytes[] = {
-#define KT_FORMAT(name, Struct, pair_bytes, has_scales) pair_bytes,
-#include "kernels/registry.inc"
-  };
-  return bytes[static_cast<int>(format)];
-}
+// What a scale plane holds: one element of so many bytes per group of columns (0: the matrix's group size) and lane.
+struct Plane {
+  int columns, lanes, bytes;
+};
+constexpr Plane kNoPlane{0, 0, 0};
+constexpr Plane kGroup8{0, kBlock, 1}, kGroup16{0, kBlock, 2}, kGroup32{0, kBlock, 4};
+constexpr Plane kBlock32{0, 1, 4};                                                       // one for all 32 rows
+constexpr Plane kSuper16{256, kBlock, 2}, kSub32{32, kBlock, 1}, kSub16{16, kBlock, 1};  // of GGUF's super-blocks
+constexpr int kMaxPlanes = 4;
 
-constexpr bool has_scales(Format format) {
-  constexpr bool scaled[] = {
-#define KT_FORMAT(name, Struct, pair_bytes, has_scales) has_scales,
+struct FormatInfo {
+  const char* name;
+  int bits;
+  Plane planes[kMaxPlanes];
+};
+
+constexpr FormatInfo info(Format format) {
+  constexpr FormatInfo rows[] = {
+#define KT_FORMAT(name, Codes, Scales, bits, ...) {#name, bits, {__VA_ARGS__}},
 #include "kernels/registry.inc"
   };
-  return scaled[static_cast<int>(format)];
+  return rows[static_cast<int>(format)];
 }
 
 // One packed matrix, not owned.
 struct PackedMatrix {
-  const uint8_t* codes;
-  const uint16_t* scales;  // bf16 bits; null for bf16
-  Format format;
-  int rows, cols;  // n, k as given; blocks cover the padded sizes
-  int group_size;  // along k, a multiple of 32; the padded k when per channel
+  const uint8_t* codes = nullptr;
+  const uint8_t* scales = nullptr;
+  Format format = Format::bf16;
+  int rows = 0, cols = 0;                                 // n, k as given; blocks cover the padded sizes
+  int group_size = 0;                                     // along k, a multiple of 32; the padded k when per channel
+  int plane_start[kMaxPlanes] = {}, scale_row_bytes = 0;  // of a block row
 
+  PackedMatrix() = default;
+  PackedMatrix(Format format, int rows, int cols, int group)  // group 0: per channel
+      : format(format), rows(rows), cols(cols), group_size(group > 0 ? group : col_blocks() * kBlock) {
+    for (int p = 0; p < kMaxPlanes; ++p) {
+      plane_start[p] = scale_row_bytes;
+      scale_row_bytes += plane_groups(p) * plane(p).lanes * plane(p).bytes;
+    }
+  }
+
+  Plane plane(int p) const {
+    const Plane plane = info(format).planes[p];
+    return {plane.columns > 0 ? plane.columns : group_size, plane.lanes, plane.bytes};
+  }
+  int plane_groups(int p) const { return static_cast<int>(ceil_div(int64_t{col_blocks()} * kBlock, plane(p).columns)); }
   int row_blocks() const { return static_cast<int>(ceil_div(rows, kBlock)); }
   int col_blocks() const { return static_cast<int>(ceil_div(cols, kBlock)); }
-  int groups() const {
-    return has_scales(format) ? static_cast<int>(ceil_div(int64_t{col_blocks()} * kBlock, group_size)) : 0;
-  }
-  int block_bytes() const { return kPairs * kBlock * pair_bytes(format); }
+  int block_bytes() const { return kPairs * kBlock * info(format).bits / 4; }
   int64_t code_bytes() const { return int64_t{row_blocks()} * col_blocks() * block_bytes(); }
-  int64_t scale_bytes() const { return int64_t{row_blocks()} * kBlock * groups() * 2; }
-  int64_t nbytes() const { return round_up(code_bytes() + scale_bytes(), 64); }
+  int64_t nbytes() const { return round_up(code_bytes() + int64_t{row_blocks()} * scale_row_bytes, 64); }
   const uint8_t* block(int nb, int kb) const { return codes + (int64_t{nb} * col_blocks() + kb) * block_bytes(); }
-  const uint16_t* block_scales(int nb, int kb) const {
-    return scales == nullptr ? nullptr : scales + (int64_t{nb} * groups() + kb * kBlock / group_size) * kBlock;
-  }
+  const uint8_t* scale_plane(int p, int nb) const { return scales + int64_t{nb} * scale_row_bytes + plane_start[p]; }
 };
 
 // A strided matrix as it lies in memory: element (c, q) at base[(cidx ? cidx[c] : c) * cs + (qidx ? qidx[q] : q) * qs].

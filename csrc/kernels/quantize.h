@@ -130,9 +130,9 @@ inline Vec::F32 highest_of(const float (*w)[kTileRows], Vec::F32 highest) {
 }
 
 // Adds the squared errors of 32 columns.
-template <class Format>
+template <class Codes>
 inline void add_errors(const float (*w)[kTileRows], Trials& t) {
-  const auto least = Vec::broadcast(Format::kLeastCode), most = Vec::broadcast(Format::kLargestCode);
+  const auto least = Vec::broadcast(Codes::kLeastCode), most = Vec::broadcast(Codes::kLargestCode);
   for (int i = 0; i < kTrials; i += kTogether) {
     Vec::F32 sum[kTogether];
     for (auto& s : sum) s = Vec::zero();
@@ -163,11 +163,10 @@ inline Scale best_trial(const Trials& t) {
   return best;
 }
 
-template <class Format>
+template <class Codes>
 inline Vec::I32 code(const float* w, Vec::F32 inverse) {
   const auto exact = Vec::mul(Vec::load(w), inverse);
-  return Vec::to_i32(
-      Vec::max(Vec::min(exact, Vec::broadcast(Format::kLargestCode)), Vec::broadcast(Format::kLeastCode)));
+  return Vec::to_i32(Vec::max(Vec::min(exact, Vec::broadcast(Codes::kLargestCode)), Vec::broadcast(Codes::kLeastCode)));
 }
 
 // ---- 32 rows
@@ -182,7 +181,7 @@ inline bool all_finite(Vec::I32 peak) {
 }
 
 // Block columns [kb0, kb1), one scale per row.
-template <class Format>
+template <class Codes>
 inline bool quantize_group(const QuantizeArgs& a, int kb0, int kb1, uint16_t* scales) {
   WeightTile tile;
   const auto each_block = [&](auto&& visit) {
@@ -197,37 +196,36 @@ inline bool quantize_group(const QuantizeArgs& a, int kb0, int kb1, uint16_t* sc
   Vec::F32 highest[kStripTiles] = {lowest, lowest};
   each_block([&](int, int half, auto w) {
     peak[half] = peak_bits(w, peak[half]);
-    if (Format::kSearchesScale) highest[half] = highest_of(w, highest[half]);
+    if (Codes::kSearchesScale) highest[half] = highest_of(w, highest[half]);
   });
   Scale scale[kStripTiles];
   Trials trials[kStripTiles];
   for (int half = 0; half < kStripTiles; ++half) {
     if (!all_finite(peak[half])) return false;
-    scale[half] = bf16_at_least(Vec::div(Vec::as_f32(peak[half]), Vec::broadcast(Format::kLargestCode)));
-    if (Format::kSearchesScale) start_trials(Vec::as_f32(peak[half]), highest[half], scale[half], trials[half]);
+    scale[half] = bf16_at_least(Vec::div(Vec::as_f32(peak[half]), Vec::broadcast(Codes::kLargestCode)));
+    if (Codes::kSearchesScale) start_trials(Vec::as_f32(peak[half]), highest[half], scale[half], trials[half]);
   }
-  if (Format::kSearchesScale) {
-    each_block([&](int, int half, auto w) { add_errors<Format>(w, trials[half]); });
+  if (Codes::kSearchesScale) {
+    each_block([&](int, int half, auto w) { add_errors<Codes>(w, trials[half]); });
     for (int half = 0; half < kStripTiles; ++half) scale[half] = best_trial(trials[half]);
   }
   each_block([&](int kb, int half, auto w) {
-    auto* pairs = const_cast<uint8_t*>(a.dst->block(a.nb, kb)) + half * kTileRows * Format::kPairBytes;
-    for (int k = 0; k < kBlock; k += 2, pairs += kBlock * Format::kPairBytes)
-      Format::template encode<Vec>(code<Format>(w[k], scale[half].inverse), code<Format>(w[k + 1], scale[half].inverse),
-                                   pairs);
+    auto* pairs = const_cast<uint8_t*>(a.dst->block(a.nb, kb)) + half * kTileRows * Codes::kPairBytes;
+    for (int k = 0; k < kBlock; k += 2, pairs += kBlock * Codes::kPairBytes)
+      Codes::encode(code<Codes>(w[k], scale[half].inverse), code<Codes>(w[k + 1], scale[half].inverse), pairs);
   });
   for (int half = 0; half < kStripTiles; ++half)
     Vec::store_low16(scales + half * kTileRows, Vec::shift_right<16>(Vec::bits(scale[half].value)));
   return true;
 }
 
-template <class Format>
+template <class Codes>
 inline bool quantize_strip_as(const QuantizeArgs& a) {
   const PackedMatrix& m = *a.dst;
   const int group_blocks = m.group_size / kBlock;
-  auto* scales = const_cast<uint16_t*>(m.scales) + int64_t{a.nb} * m.groups() * kBlock;
+  auto* scales = reinterpret_cast<uint16_t*>(const_cast<uint8_t*>(m.scale_plane(0, a.nb)));
   for (int kb = 0; kb < m.col_blocks(); kb += group_blocks, scales += kBlock)
-    if (!quantize_group<Format>(a, kb, min_int(kb + group_blocks, m.col_blocks()), scales)) return false;
+    if (!quantize_group<Codes>(a, kb, min_int(kb + group_blocks, m.col_blocks()), scales)) return false;
   return true;
 }
 
@@ -268,10 +266,13 @@ inline bool quantize_strip_as<Bf16>(const QuantizeArgs& a) {
 
 inline bool quantize_strip(const QuantizeArgs& a) {
   switch (a.dst->format) {
-#define KT_FORMAT(name, Struct, pair_bytes, has_scales) \
-  case kt_sft::Format::name:                            \
-    return quantize_strip_as<Struct>(a);
-#include "kernels/registry.inc"
+    case kt_sft::Format::bf16:
+      return quantize_strip_as<Bf16>(a);
+    case kt_sft::Format::int8:
+      return quantize_strip_as<Int8>(a);
+    case kt_sft::Format::int4:
+      return quantize_strip_as<Int4>(a);
+    default:
+      return false;  // refused by the caller
   }
-  return false;
 }

@@ -1,7 +1,7 @@
 // Products of a few activation rows (decoding a token, thinly used experts), which are bound by reading the codes: the
 // codes are streamed once in the order in which they lie, multiplied in fp32 lanes without being written anywhere, and
-// scales are applied to sums instead of to codes. Here a weight is code * scale in fp32, not rounded to bf16.
-// Included inside the variant's namespace after gemm.h's packing.
+// scales are applied to sums instead of to codes where one scale serves a block's columns. Here a weight is its value
+// in fp32, not rounded to bf16. Included inside the variant's namespace after gemm.h's packing.
 #pragma once
 
 constexpr int kSkinnySteps = 4096;     // reduction steps converted at once: 4 rows x 16 KiB
@@ -29,35 +29,45 @@ inline void prefetch_ahead(const uint8_t* at) {
   for (int i = 0; i < Bytes; i += 64) __builtin_prefetch(at + i);
 }
 
+// Scales that are the same for all columns of a block, and nothing added: they are applied to sums. Others to weights.
+template <class R>
+constexpr bool kScalesSums = R::Scales::kAny && R::Scales::kParts == 1 && !R::Scales::kOffset;
+
+// Pair p of 16 rows: what is multiplied, before the scales of sums.
+template <class R>
+inline void skinny_pair(const Weights<R>& weights, const uint8_t* codes, int p, Vec::F32& first, Vec::F32& second) {
+  if constexpr (R::Codes::kOrdered) {
+    R::Codes::decode_pairs(codes, p, first, second);
+  } else {
+    R::Codes::decode(codes, p, first, second);
+    if constexpr (!kScalesSums<R>) first = weights.of(first, p), second = weights.of(second, p);
+  }
+}
+
 // out[m][c] += sum_k rows[m][k] W[c][k] for 32 rows c of W (block row nb), blocks [kb0, kb0 + blocks).
-template <class Format, bool Scaled, int Rows>
+template <class R, int Rows>
 inline void skinny_forward(const PackedMatrix& w, int nb, int kb0, int blocks, const float* rows, float* out,
                            int64_t ldo) {
-  constexpr int kBytes = kPairs * kBlock * Format::kPairBytes;
-  const int group = Scaled ? w.group_size / kBlock : blocks;
+  using Codes = typename R::Codes;
+  const int group = kScalesSums<R> ? w.group_size / kBlock : kb0 + blocks;
   const uint8_t* block = w.block(nb, kb0);
   for (int b = 0; b < blocks;) {
-    const int stop = Scaled ? min_int(blocks, ((kb0 + b) / group + 1) * group - kb0) : blocks;
-    const uint16_t* scales = w.block_scales(nb, kb0 + b);
+    const int first_block = b, stop = min_int(blocks, ((kb0 + b) / group + 1) * group - kb0);
     Vec::F32 acc[Rows][kStripTiles][2];
     for (int r = 0; r < Rows; ++r)
       for (int i = 0; i < 2 * kStripTiles; ++i) acc[r][i / 2][i % 2] = Vec::zero();
-    for (; b < stop; ++b, block += kBytes) {
-      prefetch_ahead<kBytes>(block + kSkinnyAhead);
+    for (; b < stop; ++b, block += R::kBlockBytes) {
+      prefetch_ahead<R::kBlockBytes>(block + kSkinnyAhead);
+      const Weights<R> weights[kStripTiles] = {{w, nb, kb0 + b, 0}, {w, nb, kb0 + b, 1}};
       for (int p = 0; p < kPairs; ++p)
 #pragma GCC unroll 2
         for (int half = 0; half < kStripTiles; ++half) {
-          const uint8_t* pairs = block + (p * kBlock + half * kTileRows) * Format::kPairBytes;
           Vec::F32 first, second;
-          if constexpr (Format::kOrdered) {
-            Format::template decode_pairs<Vec>(pairs, first, second);
-          } else {
-            Format::template decode<Vec>(pairs, first, second);
-          }
+          skinny_pair<R>(weights[half], block + half * kTileRows * Codes::kPairBytes, p, first, second);
 #pragma GCC unroll 4
           for (int r = 0; r < Rows; ++r) {
             const float* x = rows + r * kSkinnySteps + b * kBlock + 2 * p;
-            if constexpr (Format::kOrdered) {
+            if constexpr (Codes::kOrdered) {
               const Vec::F32 pair = Vec::broadcast2(x);
               acc[r][half][0] = Vec::fma(first, pair, acc[r][half][0]);
               acc[r][half][1] = Vec::fma(second, pair, acc[r][half][1]);
@@ -68,55 +78,51 @@ inline void skinny_forward(const PackedMatrix& w, int nb, int kb0, int blocks, c
           }
         }
     }
-    for (int r = 0; r < Rows; ++r)
-      for (int half = 0; half < kStripTiles; ++half) {
+    for (int half = 0; half < kStripTiles; ++half) {
+      const Weights<R> weights(w, nb, kb0 + first_block, half);
+      for (int r = 0; r < Rows; ++r) {
         Vec::F32 sum;
-        if constexpr (Format::kOrdered) {
+        if constexpr (Codes::kOrdered) {
           sum = Vec::add_pairs(acc[r][half][0], acc[r][half][1]);
         } else {
           sum = Vec::add(acc[r][half][0], acc[r][half][1]);
         }
         float* to = out + r * ldo + half * kTileRows;
-        if constexpr (Scaled) sum = Vec::mul(sum, Vec::load_bf16(scales + half * kTileRows));
+        if constexpr (kScalesSums<R>) sum = Vec::mul(sum, weights.scales[0]);
         Vec::store(to, Vec::add(Vec::load(to), sum));
       }
+    }
   }
 }
 
 // out[m][k] += sum_n rows[m][n] W[n][k] for columns of `blocks` block columns from kb0, 32 n (block row nb). Sums over
 // n stay apart in lanes: lanes[row][block][pair][2 or 1 vectors], folded by skinny_fold.
-template <class Format, bool Scaled, int Rows>
+template <class R, int Rows>
 inline void skinny_backward(const PackedMatrix& w, int nb, int kb0, int blocks, const float* rows, float* lanes) {
-  constexpr int kBytes = kPairs * kBlock * Format::kPairBytes;
-  constexpr int kVectors = Format::kOrdered ? 1 : 2;
+  using Codes = typename R::Codes;
+  constexpr int kVectors = Codes::kOrdered ? 1 : 2;
   const uint8_t* block = w.block(nb, kb0);
-  const int64_t ahead = int64_t{w.col_blocks()} * kBytes * ((kSkinnyAhead - 1) / (blocks * kBytes) + 1);
-  for (int b = 0; b < blocks; ++b, block += kBytes) {
-    prefetch_ahead<kBytes>(block + ahead);
+  const int64_t ahead = int64_t{w.col_blocks()} * R::kBlockBytes * ((kSkinnyAhead - 1) / (blocks * R::kBlockBytes) + 1);
+  for (int b = 0; b < blocks; ++b, block += R::kBlockBytes) {
+    prefetch_ahead<R::kBlockBytes>(block + ahead);
+    const Weights<R> weights[kStripTiles] = {{w, nb, kb0 + b, 0}, {w, nb, kb0 + b, 1}};
     Vec::F32 d[Rows][kStripTiles];
     for (int r = 0; r < Rows; ++r)
       for (int half = 0; half < kStripTiles; ++half) {
         d[r][half] = Vec::load(rows + r * kSkinnySteps + half * kTileRows);
-        if constexpr (Scaled)
-          d[r][half] = Vec::mul(d[r][half], Vec::load_bf16(w.block_scales(nb, kb0 + b) + half * kTileRows));
+        if constexpr (kScalesSums<R>) d[r][half] = Vec::mul(d[r][half], weights[half].scales[0]);
       }
     float* to = lanes + int64_t{b} * kPairs * kVectors * kTileRows;
     const int64_t row_lanes = int64_t{blocks} * kPairs * kVectors * kTileRows;
     for (int p = 0; p < kPairs; ++p, to += kVectors * kTileRows) {
       Vec::F32 v[kStripTiles][2];
 #pragma GCC unroll 2
-      for (int half = 0; half < kStripTiles; ++half) {
-        const uint8_t* pairs = block + (p * kBlock + half * kTileRows) * Format::kPairBytes;
-        if constexpr (Format::kOrdered) {
-          Format::template decode_pairs<Vec>(pairs, v[half][0], v[half][1]);
-        } else {
-          Format::template decode<Vec>(pairs, v[half][0], v[half][1]);
-        }
-      }
+      for (int half = 0; half < kStripTiles; ++half)
+        skinny_pair<R>(weights[half], block + half * kTileRows * Codes::kPairBytes, p, v[half][0], v[half][1]);
 #pragma GCC unroll 4
       for (int r = 0; r < Rows; ++r) {
         float* at = to + r * row_lanes;
-        if constexpr (Format::kOrdered) {
+        if constexpr (Codes::kOrdered) {
           Vec::F32 sum = Vec::load(at);
 #pragma GCC unroll 2
           for (int half = 0; half < kStripTiles; ++half) {
@@ -150,36 +156,36 @@ inline void skinny_fold(const float* lanes, int columns, float* out) {
 }
 
 // One chunk of reduction steps of a packed term; out[m][kMaxCols] is added to.
-template <class Format, bool Scaled, int Rows>
+template <class R, int Rows>
 inline void skinny_packed(const GemmArgs& g, const PackedMatrix& w, int q0, int nq, const float* rows, float* lanes,
                           float* out) {
   const int first = g.c0 / kBlock, strips = static_cast<int>(ceil_div(g.nc, kBlock));
   const int blocks = static_cast<int>(ceil_div(nq, kBlock));
   if (g.side == Side::left) {
     for (int s = 0; s < strips; ++s)
-      skinny_forward<Format, Scaled, Rows>(w, first + s, q0 / kBlock, blocks, rows, out + s * kBlock, kMaxCols);
+      skinny_forward<R, Rows>(w, first + s, q0 / kBlock, blocks, rows, out + s * kBlock, kMaxCols);
     return;
   }
-  const int64_t row_lanes = int64_t{strips} * kBlock * kTileRows / (Format::kOrdered ? 2 : 1);
+  const int64_t row_lanes = int64_t{strips} * kBlock * kTileRows / (R::Codes::kOrdered ? 2 : 1);
   __builtin_memset(lanes, 0, Rows * row_lanes * sizeof(float));
   for (int b = 0; b < blocks; ++b)
-    skinny_backward<Format, Scaled, Rows>(w, q0 / kBlock + b, first, strips, rows + b * kBlock, lanes);
+    skinny_backward<R, Rows>(w, q0 / kBlock + b, first, strips, rows + b * kBlock, lanes);
   for (int r = 0; r < Rows; ++r)
-    skinny_fold<Format::kOrdered>(lanes + r * row_lanes, strips * kBlock, out + r * kMaxCols);
+    skinny_fold<R::Codes::kOrdered>(lanes + r * row_lanes, strips * kBlock, out + r * kMaxCols);
 }
 
-template <class Format, bool Scaled>
+template <class R>
 inline void skinny_format(const GemmArgs& g, const PackedMatrix& w, int q0, int nq, const float* rows, float* lanes,
                           float* out) {
   switch (g.m) {
     case 1:
-      return skinny_packed<Format, Scaled, 1>(g, w, q0, nq, rows, lanes, out);
+      return skinny_packed<R, 1>(g, w, q0, nq, rows, lanes, out);
     case 2:
-      return skinny_packed<Format, Scaled, 2>(g, w, q0, nq, rows, lanes, out);
+      return skinny_packed<R, 2>(g, w, q0, nq, rows, lanes, out);
     case 3:
-      return skinny_packed<Format, Scaled, 3>(g, w, q0, nq, rows, lanes, out);
+      return skinny_packed<R, 3>(g, w, q0, nq, rows, lanes, out);
     default:
-      return skinny_packed<Format, Scaled, 4>(g, w, q0, nq, rows, lanes, out);
+      return skinny_packed<R, 4>(g, w, q0, nq, rows, lanes, out);
   }
 }
 
@@ -245,9 +251,9 @@ inline void skinny_gemm(const GemmArgs& g) {
         continue;
       }
       switch (term.packed->format) {
-#define KT_FORMAT(name, Struct, pair_bytes, has_scales)                           \
-  case kt_sft::Format::name:                                                      \
-    skinny_format<Struct, has_scales>(g, *term.packed, q0, nq, rows, lanes, out); \
+#define KT_FORMAT(name, Codes, Scales, bits, ...)                                        \
+  case kt_sft::Format::name:                                                             \
+    skinny_format<Row<kt_sft::Format::name>>(g, *term.packed, q0, nq, rows, lanes, out); \
     break;
 #include "kernels/registry.inc"
       }

@@ -9,7 +9,6 @@ namespace kt_sft {
 namespace KT_SFT_VARIANT {
 
 #include "kernels/fma_block.h"
-#include "kernels/formats.h"
 #if defined(__AMX_BF16__) || defined(KT_SFT_TILE_MODEL)
 #include "kernels/tile_ops_amx.h"
 using ActiveOps = AmxOps;
@@ -20,6 +19,8 @@ using ActiveOps = Ops;
 #include "kernels/tile_ops_avx2.h"
 using ActiveOps = Ops;
 #endif
+#include "kernels/formats.h"
+#include "kernels/scales.h"
 #include "kernels/gemm.h"
 #include "kernels/elementwise.h"
 #include "kernels/quantize.h"

@@ -22,6 +22,15 @@ struct Vec {
     const __m128i bytes = half(p, 0);
     return {_mm256_cvtepi8_epi32(bytes), _mm256_cvtepi8_epi32(_mm_srli_si128(bytes, 8))};
   }
+  static I32 load_u8(const void* p) {
+    const __m128i bytes = half(p, 0);
+    return {_mm256_cvtepu8_epi32(bytes), _mm256_cvtepu8_epi32(_mm_srli_si128(bytes, 8))};
+  }
+  static F32 load_f16(const void* p) { return {_mm256_cvtph_ps(half(p, 0)), _mm256_cvtph_ps(half(p, 16))}; }
+  static I32 shift_right_by(I32 v, int n) {
+    const __m128i count = _mm_cvtsi32_si128(n);
+    return {_mm256_srl_epi32(v.lo, count), _mm256_srl_epi32(v.hi, count)};
+  }
   template <int N>
   static I32 shift_left(I32 v) {
     return {_mm256_slli_epi32(v.lo, N), _mm256_slli_epi32(v.hi, N)};
@@ -38,6 +47,15 @@ struct Vec {
   static F32 to_f32(I32 v) { return {_mm256_cvtepi32_ps(v.lo), _mm256_cvtepi32_ps(v.hi)}; }
   // The lowest four bits of every lane as a signed number.
   static F32 low_nibble(I32 v) { return to_f32(shift_right<28>(shift_left<28>(v))); }
+  // levels[the lowest four bits of every lane].
+  static F32 look_up(I32 v, const float* levels) {
+    const F32 table = load(levels);
+    const auto of = [&](__m256i index) {
+      return _mm256_blendv_ps(_mm256_permutevar8x32_ps(table.lo, index), _mm256_permutevar8x32_ps(table.hi, index),
+                              _mm256_castsi256_ps(_mm256_slli_epi32(index, 28)));  // by the fourth bit
+    };
+    return {of(v.lo), of(v.hi)};
+  }
   static F32 load_bf16(const uint16_t* p) { return as_f32(shift_left<16>(load_i16(p))); }
   static F32 mul(F32 a, F32 b) { return {_mm256_mul_ps(a.lo, b.lo), _mm256_mul_ps(a.hi, b.hi)}; }
   static F32 add(F32 a, F32 b) { return {_mm256_add_ps(a.lo, b.lo), _mm256_add_ps(a.hi, b.hi)}; }

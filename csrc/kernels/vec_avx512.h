@@ -11,6 +11,9 @@ struct Vec {
     return _mm512_cvtepi16_epi32(_mm256_loadu_si256(static_cast<const __m256i*>(p)));
   }
   static I32 load_i8(const void* p) { return _mm512_cvtepi8_epi32(_mm_loadu_si128(static_cast<const __m128i*>(p))); }
+  static I32 load_u8(const void* p) { return _mm512_cvtepu8_epi32(_mm_loadu_si128(static_cast<const __m128i*>(p))); }
+  static F32 load_f16(const void* p) { return _mm512_cvtph_ps(_mm256_loadu_si256(static_cast<const __m256i*>(p))); }
+  static I32 shift_right_by(I32 v, int n) { return _mm512_srl_epi32(v, _mm_cvtsi32_si128(n)); }
   template <int N>
   static I32 shift_left(I32 v) {
     return _mm512_slli_epi32(v, N);
@@ -26,6 +29,8 @@ struct Vec {
   static F32 low_nibble(I32 v) {
     return _mm512_permutexvar_ps(v, _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, -8, -7, -6, -5, -4, -3, -2, -1));
   }
+  // levels[the lowest four bits of every lane].
+  static F32 look_up(I32 v, const float* levels) { return _mm512_permutexvar_ps(v, load(levels)); }
   // Lanes 0, 0, 1, 1, ... 7, 7 and 8, 8, ... 15, 15.
   static F32 twice_low(F32 v) {
     return _mm512_permutexvar_ps(_mm512_setr_epi32(0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6, 7, 7), v);

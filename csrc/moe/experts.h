@@ -16,15 +16,24 @@ namespace kt_sft {
 
 enum Projection { kGate = 0, kUp = 1, kDown = 2 };
 
-// Frozen experts in one flat buffer: [expert][gate (F, D) | up (F, D) | down (D, F)], each as PackedMatrix lays it out.
-struct ExpertWeights {
-  int num_experts, hidden, intermediate;
+struct MatrixFormat {
   Format format;
   int group_size;  // 0: per channel
-  const uint8_t* storage;
+};
 
+// Frozen experts in one flat buffer: [expert][gate (F, D) | up (F, D) | down (D, F)], each as PackedMatrix lays it out.
+class ExpertWeights {
+ public:
+  int num_experts, hidden, intermediate;
+  const uint8_t* storage = nullptr;
+
+  ExpertWeights(int num_experts, int hidden, int intermediate, const MatrixFormat (&formats)[3]);
   PackedMatrix matrix(int expert, Projection projection) const;
-  int64_t expert_bytes() const;
+  int64_t expert_bytes() const { return expert_bytes_; }
+
+ private:
+  PackedMatrix matrices_[3];
+  int64_t starts_[3], expert_bytes_ = 0;
 };
 
 // Factors of one projection for all experts: a (E, R, in), b (E, out, R), contiguous, fp32 or bf16. rank 0: none.

@@ -7,26 +7,21 @@
 
 namespace kt_sft {
 
-PackedMatrix ExpertWeights::matrix(int expert, Projection projection) const {
-  const bool down = projection == kDown;
-  PackedMatrix m{};
-  m.format = format;
-  m.rows = down ? hidden : intermediate;
-  m.cols = down ? intermediate : hidden;
-  m.group_size = group_size > 0 ? group_size : m.col_blocks() * kBlock;
-  const uint8_t* at = storage + expert * expert_bytes();
-  if (projection != kGate) at += matrix(0, kGate).nbytes() * (projection == kUp ? 1 : 2);
-  m.codes = at;
-  m.scales = has_scales(format) ? reinterpret_cast<const uint16_t*>(at + m.code_bytes()) : nullptr;
-  return m;
+ExpertWeights::ExpertWeights(int num_experts, int hidden, int intermediate, const MatrixFormat (&formats)[3])
+    : num_experts(num_experts), hidden(hidden), intermediate(intermediate) {
+  for (int p : {kGate, kUp, kDown}) {
+    const int rows = p == kDown ? hidden : intermediate, cols = p == kDown ? intermediate : hidden;
+    matrices_[p] = PackedMatrix(formats[p].format, rows, cols, formats[p].group_size);
+    starts_[p] = expert_bytes_;
+    expert_bytes_ += matrices_[p].nbytes();
+  }
 }
 
-int64_t ExpertWeights::expert_bytes() const {
-  PackedMatrix gate{nullptr, nullptr, format, intermediate, hidden, 0},
-      down{nullptr, nullptr, format, hidden, intermediate, 0};
-  gate.group_size = group_size > 0 ? group_size : gate.col_blocks() * kBlock;
-  down.group_size = group_size > 0 ? group_size : down.col_blocks() * kBlock;
-  return 2 * gate.nbytes() + down.nbytes();
+PackedMatrix ExpertWeights::matrix(int expert, Projection projection) const {
+  PackedMatrix m = matrices_[projection];
+  m.codes = storage + expert * expert_bytes_ + starts_[projection];
+  m.scales = m.codes + m.code_bytes();
+  return m;
 }
 
 void sort_by_expert(const int64_t* ids, int64_t slots, int num_experts, int32_t* counts, int32_t* order) {

@@ -38,7 +38,9 @@ def register(app: typer.Typer) -> None:
 
 def plan(
     model: Annotated[str, typer.Argument(help="Folder, config.json or hub name.")],
-    format: Annotated[str, typer.Option(help="Weight format of the account; all: the widest that fits.")] = "all",
+    format: Annotated[
+        str, typer.Option(help="Format of the account; all: the checkpoint's own, else the widest that fits.")
+    ] = "all",
     gpus: Annotated[
         int | None, typer.Option(help="GPUs, one process each; 0: all on the CPU. Default: this machine's.")
     ] = None,
@@ -80,7 +82,7 @@ def plan(
             gradient_checkpointing=gradient_checkpointing,
             sharded=sharded,
         )
-        formats = report.WEIGHT_FORMATS if format == "all" else (format,)
+        formats = () if format == "all" else (format,)
         report.check_formats(formats)
         result = report.make(found, wanted, _host(job.this_host(found.shard), given), formats)
     except (ValueError, ImportError) as error:
@@ -224,7 +226,10 @@ def _account_table(plan: Plan, option: Option) -> Table:
 
 def _show_rates(console: Console, plan: Plan, option: Option) -> None:
     """Which rates were measured and which assumed, and what this machine has."""
-    host, pack = plan.host, plan.host.pack[option.weight_format]
+    from kt_sft.planning.job import AS_STORED
+
+    host = plan.host
+    pack = host.pack[AS_STORED if option.kept else option.weight_format]
     rates = [
         (f"CPU {host.cpu.value / 1e12:.3g} TFLOP/s", host.cpu.source),
         (f"{host.efficiency:.0%} of it for the experts, {host.lora_efficiency:.0%} for their adapters", _EFFICIENCY),

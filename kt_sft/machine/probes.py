@@ -18,7 +18,7 @@ import torch
 from .. import native
 from ..ops.packed import PackedExperts
 
-_COPY_BYTES = 256 << 20  # well beyond the last-level cache of common CPUs
+_READ_PER_THREAD = 256 << 20  # well beyond the last-level cache of common CPUs
 _READ_BYTES = 256 << 20
 _PEAK_ITERATIONS = 2_000_000
 _PACK_SHAPE = (2048, 768)  # hidden, intermediate: 9 MB of BF16
@@ -39,11 +39,9 @@ def peak_flops() -> Rate:
 
 
 def memory_bandwidth() -> Rate:
-    """Bytes per second that a torch copy moves, reads and writes both counted."""
-    source = torch.ones(_COPY_BYTES // 2, dtype=torch.uint8)
-    target = torch.zeros_like(source)
-    seconds = _best(3, lambda: target.copy_(source))
-    return Rate(_COPY_BYTES / seconds, f"measured: torch copy of 128 MiB, {torch.get_num_threads()} threads")
+    """Bytes per second that all kernel threads together read from memory."""
+    rate = native.read_bandwidth(_READ_PER_THREAD, 3, True)
+    return Rate(rate, f"measured: reading {_READ_PER_THREAD >> 20} MiB per thread, {native.num_threads()} threads")
 
 
 def pack_rate(weight_format: str) -> Rate:
@@ -54,6 +52,16 @@ def pack_rate(weight_format: str) -> Rate:
     packed = PackedExperts.empty(1, hidden, intermediate, weight_format)
     seconds = _best(2, lambda: packed.pack_expert_(0, gate, gate, down))
     return Rate(3 * gate.nbytes / seconds, f"measured: one expert of 9 MB, {native.num_threads()} threads")
+
+
+def repack_rate() -> Rate:
+    """Bytes of BF16 weights per second whose codes are packed as a checkpoint stores them: INT4 in groups of 32."""
+    hidden, intermediate = _PACK_SHAPE
+    codes = torch.zeros(intermediate, hidden // 2, dtype=torch.uint8)
+    scales = torch.zeros(intermediate, hidden // 32 * 2, dtype=torch.uint8)
+    packed = PackedExperts.empty(1, hidden, intermediate, "int4")
+    seconds = _best(2, lambda: packed.pack_codes_(0, 0, codes, [scales]))
+    return Rate(4 * codes.nbytes / seconds, f"measured: one matrix of 3 MB, {native.num_threads()} threads")
 
 
 def read_rate(file: Path) -> Rate | None:

@@ -6,7 +6,8 @@ equal slices of ``storage``. Shape suffixes: E experts, D hidden, F intermediate
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -14,16 +15,18 @@ from torch import Tensor
 from kt_sft import native
 
 from . import memory
-from .quantize import resolve_group_size
+from .layout import Layout, MatrixFormat, name_of, uniform
 
 _GATE, _UP, _DOWN = range(3)
+_NAMES = ("gate", "up", "down")
 
 
 class PackedExperts:
-    """E experts of shapes gate (F, D), up (F, D), down (D, F) in ``weight_format`` bf16, int8 or int4.
+    """E experts of shapes gate (F, D), up (F, D), down (D, F), packed in ``weight_format``.
 
-    ``group_size`` is the number of input features that share a scale: 32, 64, 128, or 0 for one scale per output
-    channel; None takes the format's default (int8: 0, int4: 32). ``storage`` may be any buffer of the right size, for
+    ``weight_format`` is one format for all (bf16, int8, int4), with ``group_size`` input features per scale: 32, 64,
+    128, 0 for one scale per output channel, or None for the format's default (int8: 0, int4: 32). Or it is a Layout
+    that names format and group size of each of the three matrices. ``storage`` may be any buffer of the right size, for
     example a mapped cache file; nothing is copied.
     """
 
@@ -33,34 +36,46 @@ class PackedExperts:
         num_experts: int,
         hidden_size: int,
         intermediate_size: int,
-        weight_format: str = "int8",
+        weight_format: str | Layout = "int8",
         group_size: int | None = None,
     ) -> None:
         self.num_experts, self.hidden_size, self.intermediate_size = num_experts, hidden_size, intermediate_size
-        self.weight_format, self.group_size = weight_format, resolve_group_size(weight_format, group_size)
-        expected = self.nbytes_for(num_experts, hidden_size, intermediate_size, weight_format, group_size)
+        self.layout = _layout(weight_format, group_size)
+        expected = self.nbytes_for(num_experts, hidden_size, intermediate_size, self.layout)
         if storage.dtype != torch.uint8 or storage.shape != (expected,) or storage.device.type != "cpu":
             raise ValueError(
                 f"storage: expected a CPU uint8 tensor of {expected} bytes, "
                 f"got {storage.dtype} {tuple(storage.shape)} on {storage.device}"
             )
         self._storage = storage
-        self._handle = native.PackedHandle(
-            storage, num_experts, hidden_size, intermediate_size, weight_format, self.group_size
-        )
+        self._handle = native.PackedHandle(storage, num_experts, hidden_size, intermediate_size, self.layout)
 
     @property
     def storage(self) -> Tensor:
         """The codes and scales, uint8: one buffer that the kernels read where it lies."""
         return self._storage
 
+    @property
+    def weight_format(self) -> str:
+        """The format's name, or the three names where the matrices differ: q4_k/q4_k/q6_k."""
+        return name_of(self.layout)
+
+    @property
+    def group_size(self) -> int:
+        """Of the gate: see ``layout`` for all."""
+        return self.layout[_GATE].group_size
+
     @staticmethod
     def nbytes_for(
-        num_experts: int, hidden_size: int, intermediate_size: int, weight_format: str, group_size: int | None = None
+        num_experts: int,
+        hidden_size: int,
+        intermediate_size: int,
+        weight_format: str | Layout,
+        group_size: int | None = None,
     ) -> int:
         """Bytes of the storage."""
-        group = resolve_group_size(weight_format, group_size)
-        return native.packed_bytes(num_experts, hidden_size, intermediate_size, weight_format, group)
+        layout = _layout(weight_format, group_size)
+        return native.packed_bytes(num_experts, hidden_size, intermediate_size, layout)
 
     @classmethod
     def empty(
@@ -68,12 +83,13 @@ class PackedExperts:
         num_experts: int,
         hidden_size: int,
         intermediate_size: int,
-        weight_format: str = "int8",
+        weight_format: str | Layout = "int8",
         group_size: int | None = None,
     ) -> PackedExperts:
-        """Unfilled storage in anonymous memory; fill it with :meth:`pack_expert_`."""
-        sizes = (num_experts, hidden_size, intermediate_size, weight_format, group_size)
-        return cls(memory.empty((cls.nbytes_for(*sizes),), torch.uint8), *sizes)
+        """Unfilled storage in anonymous memory; fill it with :meth:`pack_expert_` or :meth:`pack_codes_`."""
+        layout = _layout(weight_format, group_size)
+        nbytes = cls.nbytes_for(num_experts, hidden_size, intermediate_size, layout)
+        return cls(memory.empty((nbytes,), torch.uint8), num_experts, hidden_size, intermediate_size, layout)
 
     @property
     def nbytes(self) -> int:
@@ -85,8 +101,9 @@ class PackedExperts:
         return (self._handle,)
 
     def __reduce__(self) -> tuple:
-        sizes = (self.num_experts, self.hidden_size, self.intermediate_size, self.weight_format, self.group_size)
-        return PackedExperts, (self._storage, *sizes)
+        return PackedExperts, (
+            self._storage, self.num_experts, self.hidden_size, self.intermediate_size, self.layout
+        )  # fmt: skip
 
     def _shape(self, projection: int) -> tuple[int, int]:
         D, F = self.hidden_size, self.intermediate_size
@@ -94,44 +111,46 @@ class PackedExperts:
 
     def pack_expert_(self, index: int, gate_FD: Tensor, up_FD: Tensor, down_DF: Tensor) -> None:
         """Quantise and pack one expert in place. Raises ValueError on a wrong shape and on NaN or Inf."""
-        for projection, (name, weight) in enumerate((("gate", gate_FD), ("up", up_FD), ("down", down_DF))):
-            if tuple(weight.shape) != self._shape(projection) or not weight.is_floating_point():
-                raise ValueError(
-                    f"{name}_proj of expert {index}: expected a float tensor of shape {self._shape(projection)}, "
-                    f"got {weight.dtype} {tuple(weight.shape)}"
-                )
-            source = weight.detach().cpu()
-            source = source.to(torch.bfloat16 if source.dtype == torch.bfloat16 else torch.float32).contiguous()
-            try:
-                native.pack(*self.native_args(), index, projection, source)
-            except ValueError as error:
-                raise ValueError(f"{name}_proj of expert {index}: {error}") from None
+        for projection, weight in enumerate((gate_FD, up_FD, down_DF)):
+            self.pack_matrix_(index, projection, weight)
 
-    def pack_codes_(self, index: int, matrices: Sequence[tuple[Tensor, Tensor | None]]) -> None:
-        """Pack one expert in place from (codes, scales) of gate, up and down, without a loss: int4 only.
+    def pack_matrix_(self, index: int, projection: int, weight: Tensor) -> None:
+        """Quantise and pack gate (0), up (1) or down (2) of one expert; its format is bf16, int8 or int4."""
+        if tuple(weight.shape) != self._shape(projection) or not weight.is_floating_point():
+            raise ValueError(
+                f"{_NAMES[projection]}_proj of expert {index}: expected a float tensor of shape "
+                f"{self._shape(projection)}, got {weight.dtype} {tuple(weight.shape)}"
+            )
+        source = weight.detach().cpu()
+        source = source.to(torch.bfloat16 if source.dtype == torch.bfloat16 else torch.float32).contiguous()
+        with _named(projection, index):
+            native.pack(*self.native_args(), index, projection, source)
 
-        codes (N, K / 2) uint8, code + 8 in four bits, the even column low; scales (N, ceil(K / group_size)) bf16.
-        Raises ValueError on a wrong dtype or shape, and on scales that are NaN or Inf.
+    def pack_codes_(self, index: int, projection: int, codes: Tensor, planes: Sequence[Tensor]) -> None:
+        """Pack gate (0), up (1) or down (2) of one expert in place from what is quantised already, without a loss.
+
+        codes: uint8 (N, K), or (N, K / 2) for formats of 4 bits, the even column low and signed codes as code + 8.
+        planes: the format's scale planes (csrc/kernels/pack.h) as uint8. Raises ValueError on a wrong dtype or shape.
         """
-        for projection, (name, (codes, scales)) in enumerate(zip(("gate", "up", "down"), matrices, strict=True)):
-            if scales is None or not torch.isfinite(scales).all():
-                raise ValueError(f"{name}_proj of expert {index}: scales: expected finite values, got NaN or Inf")
-            try:
-                native.pack_codes(*self.native_args(), index, projection, codes.contiguous(), scales.contiguous())
-            except ValueError as error:
-                raise ValueError(f"{name}_proj of expert {index}: {error}") from None
+        with _named(projection, index):
+            native.pack_codes(
+                *self.native_args(), index, projection, codes.contiguous(), [plane.contiguous() for plane in planes]
+            )
 
-    def dequantize(self) -> tuple[Tensor, Tensor, Tensor]:
-        """The weights rounded to bf16, as they enter products: gate (E, F, D), up (E, F, D), down (E, D, F).
+    def dequantize(self, dtype: torch.dtype = torch.bfloat16) -> tuple[Tensor, Tensor, Tensor]:
+        """The weights: gate (E, F, D), up (E, F, D), down (E, D, F).
 
-        Products of at most four rows of an expert take code * scale without that rounding.
+        In bf16 they are what enters products; at most four rows of an expert are multiplied with the fp32 values.
         """
-        return self._unpack(_GATE), self._unpack(_UP), self._unpack(_DOWN)
+        gate, up, down = (self._unpack(projection, dtype) for projection in (_GATE, _UP, _DOWN))
+        return gate, up, down
 
-    def _unpack(self, projection: int) -> Tensor:
-        weights = torch.empty(self.num_experts, *self._shape(projection), dtype=torch.bfloat16)
+    def _unpack(self, projection: int, dtype: torch.dtype) -> Tensor:
+        weights = torch.empty(self.num_experts, *self._shape(projection), dtype=dtype)
+        exact = torch.empty(self._shape(projection))
         for e in range(self.num_experts):
-            native.unpack(*self.native_args(), e, projection, weights[e])
+            native.unpack(*self.native_args(), e, projection, exact)
+            weights[e] = exact
         return weights
 
     def __repr__(self) -> str:
@@ -139,6 +158,21 @@ class PackedExperts:
             f"PackedExperts(E={self.num_experts}, D={self.hidden_size}, F={self.intermediate_size}, "
             f"{self.weight_format}, group_size={self.group_size}, {self.nbytes / 2**20:.1f} MiB)"
         )
+
+
+def _layout(weight_format: str | Layout, group_size: int | None) -> Layout:
+    if isinstance(weight_format, str):
+        return uniform(weight_format, group_size)
+    gate, up, down = (MatrixFormat(*matrix) for matrix in weight_format)
+    return gate, up, down
+
+
+@contextmanager
+def _named(projection: int, index: int) -> Iterator[None]:
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{_NAMES[projection]}_proj of expert {index}: {error}") from None
 
 
 def pack_experts(

@@ -13,24 +13,8 @@ import torch
 from torch import Tensor
 
 CODES = {"int8": (-127, 127), "int4": (-8, 7)}
-DEFAULT_GROUP_SIZE = {"bf16": 0, "int8": 0, "int4": 32}  # 0: per channel
 _BLOCK = 32  # columns of a weight block
 _INT4_FRACTIONS = (1.04, 1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7)  # of max|w| / 8, besides max|w| / 7 rounded up
-
-
-def resolve_group_size(weight_format: str, group_size: int | None) -> int:
-    """The group size in force: None is the format's default, 0 is per channel; ValueError unless 32, 64 or 128."""
-    if weight_format not in DEFAULT_GROUP_SIZE:
-        raise ValueError(f"weight_format: expected one of {', '.join(DEFAULT_GROUP_SIZE)}; got {weight_format!r}")
-    if group_size is None:
-        return DEFAULT_GROUP_SIZE[weight_format]
-    if weight_format == "bf16":
-        if group_size != 0:
-            raise ValueError(f"group_size: bf16 weights have no scales; expected None, got {group_size}")
-        return 0
-    if group_size not in (0, 32, 64, 128):
-        raise ValueError(f"group_size: expected 32, 64, 128 or 0 (per channel), got {group_size}")
-    return group_size
 
 
 def _bf16_ceil(x: Tensor) -> Tensor:

@@ -5,15 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from .. import native
 from ..config import ACTIVATION_POLICIES, KtConfig
 from ..machine import facts, probes
 from ..machine.probes import Rate
+from ..ops.layout import QUANTISED
 
 ASSUMED_DISK = Rate(2e9, "assumed: an NVMe drive")
 ASSUMED_GPU = Rate(40e12, "assumed: 40 % of a 100 TFLOP/s GPU")
 ASSUMED_LINK = Rate(25e9, "assumed: PCIe 4.0 x16")
 ASSUMED_GPU_MEMORY = 24 << 30
+AS_STORED = "as stored"  # the rate of codes that are packed as they are
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +60,10 @@ class Job:
 
 @dataclass(frozen=True, kw_only=True)
 class Host:
-    """The machine: bytes, and rates per second with where each comes from. ``pack``: BF16 bytes, by weight format."""
+    """The machine: bytes, and rates per second with where each comes from.
+
+    ``pack``: BF16 bytes by weight format, and AS_STORED.
+    """
 
     ram: int
     ram_free: int
@@ -76,11 +80,10 @@ class Host:
     link: Rate = ASSUMED_LINK
 
 
-def this_host(shard: Path | None = None, *, weight_formats: tuple[str, ...] = ()) -> Host:
+def this_host(shard: Path | None = None) -> Host:
     """Look at and measure this machine (one or two seconds). ``shard``: a file of the checkpoint, to time the disk."""
     memory, gpus, cache = facts.memory(), facts.gpus(), KtConfig().cache_folder
     disk = probes.read_rate(shard) if shard is not None else None
-    formats = weight_formats or tuple(native.formats())
     return Host(
         ram=memory.total,
         ram_free=memory.available,
@@ -91,5 +94,5 @@ def this_host(shard: Path | None = None, *, weight_formats: tuple[str, ...] = ()
         memory=probes.memory_bandwidth(),
         disk=disk or ASSUMED_DISK,
         gpu=ASSUMED_GPU,
-        pack={name: probes.pack_rate(name) for name in formats},
+        pack={name: probes.pack_rate(name) for name in QUANTISED} | {AS_STORED: probes.repack_rate()},
     )

@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from .. import native
+from ..ops.layout import Layout
 from ..ops.packed import PackedExperts
 from .job import Job
 from .model import ExpertLayers, ModelParts
@@ -36,12 +37,12 @@ def total(lines: list[Line]) -> int:
     return sum(line.nbytes for line in lines)
 
 
-def packed_bytes(parts: ModelParts, weight_format: str) -> int:
+def packed_bytes(parts: ModelParts, weight_format: str | Layout) -> int:
     """Codes, scales and padding of all layers, and their biases in bf16."""
     return sum(group.layers * (layer_bytes(group, weight_format) + 2 * group.biases) for group in parts.experts)
 
 
-def layer_bytes(group: ExpertLayers, weight_format: str) -> int:
+def layer_bytes(group: ExpertLayers, weight_format: str | Layout) -> int:
     """Packed matrices of one layer of the group."""
     return PackedExperts.nbytes_for(group.experts, group.hidden, group.intermediate, weight_format)
 
@@ -52,7 +53,7 @@ def adapter_parameters(parts: ModelParts, job: Job) -> tuple[int, int]:
     return job.expert_rank * experts, job.lora_rank * parts.adapted
 
 
-def host_lines(parts: ModelParts, job: Job, weight_format: str) -> list[Line]:
+def host_lines(parts: ModelParts, job: Job, weight_format: str | Layout) -> list[Line]:
     """Host memory of all processes together."""
     packed, n = packed_bytes(parts, weight_format), job.processes
     libraries = PROCESS + (GPU_PROCESS if job.gpus else 0)
@@ -149,7 +150,7 @@ def _call_bytes(parts: ModelParts, job: Job) -> int:
     return job.tokens * parts.hidden * (4 + 2 + 4) + factors * 4 * (2 if job.gpus else 1)
 
 
-def _packed_how(parts: ModelParts, weight_format: str) -> str:
+def _packed_how(parts: ModelParts, weight_format: str | Layout) -> str:
     terms = [
         f"{g.layers} layers x {g.experts} x {layer_bytes(g, weight_format) / g.experts / 1e6:,.2f} MB"
         for g in parts.experts

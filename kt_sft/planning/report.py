@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from ..config import WEIGHT_FORMATS
+from ..ops.layout import QUANTISED, uniform
 from . import memory, speed
 from .job import Host, Job
 from .memory import Line
@@ -14,12 +14,18 @@ from .source import Source
 from .speed import Span
 from .storage import Storage, storage
 
+FORMATS = ("auto", *QUANTISED)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Option:
-    """One weight format: its account in bytes and seconds. ``short``: what this machine lacks; empty: it fits."""
+    """One weight format: its account in bytes and seconds. ``short``: what this machine lacks; empty: it fits.
+
+    ``kept``: the experts stay as the checkpoint stores them.
+    """
 
     weight_format: str
+    kept: bool
     packed: int
     ram: list[Line]
     gpu: list[Line]
@@ -49,22 +55,28 @@ class Plan:
 
     @property
     def best(self) -> Option:
-        """The widest format that fits, else the smallest one."""
+        """The checkpoint's own format if it fits, else the widest that does, else the smallest."""
         fitting = [o for o in self.options if o.fits]
-        return max(fitting, key=lambda o: o.packed) if fitting else min(self.options, key=lambda o: o.packed)
+        if not fitting:
+            return min(self.options, key=lambda o: o.packed)
+        return next((o for o in fitting if o.kept), max(fitting, key=lambda o: o.packed))
 
 
 def check_formats(formats: tuple[str, ...]) -> None:
-    """Raises ValueError unless all are formats of packed experts."""
+    """Raises ValueError unless all are formats that are made from any checkpoint, or auto."""
     for name in formats:
-        if name not in WEIGHT_FORMATS:
-            raise ValueError(f"format: expected one of {', '.join(WEIGHT_FORMATS)}; got {name!r}")
+        if name not in FORMATS:
+            raise ValueError(f"format: expected one of {', '.join(FORMATS)}; got {name!r}")
 
 
-def make(source: Source, job: Job, host: Host, formats: tuple[str, ...] = WEIGHT_FORMATS) -> Plan:
-    """Raises ValueError for a model or a format that cannot be planned; the message says what is missing."""
+def make(source: Source, job: Job, host: Host, formats: tuple[str, ...] = ()) -> Plan:
+    """``formats``: none means all that apply: auto only where the experts are quantised already.
+
+    Raises ValueError for a model or a format that cannot be planned; the message says what is missing.
+    """
     check_formats(formats)
     parts, stored = describe(source.config), storage(source.config)
+    formats = formats or (FORMATS if stored.kept else QUANTISED)
     checkpoint = source.nbytes or stored.nbytes(parts)
     return Plan(
         name=source.name,
@@ -78,12 +90,16 @@ def make(source: Source, job: Job, host: Host, formats: tuple[str, ...] = WEIGHT
     )
 
 
-def _option(parts: ModelParts, job: Job, host: Host, name: str, stored: Storage, checkpoint: int) -> Option:
+def _option(parts: ModelParts, job: Job, host: Host, wanted: str, stored: Storage, checkpoint: int) -> Option:
+    kept = stored.kept if wanted == "auto" else None
+    made = "int8" if wanted == "auto" else wanted  # unless it is kept
+    name = (kept, kept, kept) if kept else uniform(made)
     ram = memory.host_lines(parts, job, name)
     gpu = memory.model_lines(parts, job) if job.gpus else []
     packed = memory.packed_bytes(parts, name)
     return Option(
-        weight_format=name,
+        weight_format=f"auto ({kept})" if kept else made,
+        kept=kept is not None,
         packed=packed,
         ram=ram,
         gpu=gpu,

@@ -16,7 +16,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .job import Host, Job
+from ..ops.layout import QUANTISED, Layout
+from .job import AS_STORED, Host, Job
 from .memory import adapter_parameters, layer_bytes, packed_bytes
 from .model import ExpertLayers, ModelParts
 from .storage import Storage
@@ -31,7 +32,7 @@ class Span:
     how: str
 
 
-def step_spans(parts: ModelParts, job: Job, host: Host, weight_format: str) -> list[Span]:
+def step_spans(parts: ModelParts, job: Job, host: Host, weight_format: str | Layout) -> list[Span]:
     """One step of all processes: each takes ``job.tokens`` tokens forward and backward."""
     forwards = 2 if job.gradient_checkpointing else 1
     passes = forwards + 1 + (2 / 3 if job.activation_policy == "recompute" else 0)
@@ -65,18 +66,21 @@ def _rest_spans(parts: ModelParts, job: Job, host: Host, forwards: int) -> list[
     return spans
 
 
-def first_load_spans(parts: ModelParts, host: Host, weight_format: str, stored: Storage, checkpoint: int) -> list[Span]:
+def first_load_spans(
+    parts: ModelParts, host: Host, weight_format: str | Layout, stored: Storage, checkpoint: int
+) -> list[Span]:
     """Read the checkpoint, pack its experts while reading, write the cache file."""
+    key = weight_format if isinstance(weight_format, str) else weight_format[0].name
     bf16 = 2 * parts.expert_parameters
     written = packed_bytes(parts, weight_format)
     disk = (checkpoint + written) / host.disk.value
-    pack = bf16 / host.pack[weight_format].value
+    pack = bf16 / host.pack[key if key in QUANTISED else AS_STORED].value
     how = f"the longer of disk {disk:.3g} s ({checkpoint / 1e9:,.3g} GB read, {written / 1e9:,.3g} GB written) "
     how += f"and packing {pack:.3g} s ({bf16 / 1e9:,.3g} GB of BF16)"
     return [Span(f"read {stored.name}, pack, write", max(disk, pack), how)]
 
 
-def next_load_spans(parts: ModelParts, host: Host, weight_format: str, stored: Storage) -> list[Span]:
+def next_load_spans(parts: ModelParts, host: Host, weight_format: str | Layout, stored: Storage) -> list[Span]:
     """Map the cache file after checking it (it is read once), and read the rest of the checkpoint."""
     packed, rest = packed_bytes(parts, weight_format), stored.rest_bytes(parts)
     how = f"{packed / 1e9:,.3g} GB of packed experts + {rest / 1e9:,.3g} GB of the rest"
@@ -95,7 +99,7 @@ def _lora_flops(group: ExpertLayers, top_k: int, job: Job) -> float:
     return 2 * 3 * job.expert_rank * (group.hidden + group.intermediate) * top_k * job.tokens
 
 
-def _active_bytes(group: ExpertLayers, top_k: int, tokens: int, weight_format: str) -> float:
+def _active_bytes(group: ExpertLayers, top_k: int, tokens: int, weight_format: str | Layout) -> float:
     """Packed bytes of the experts of one layer that ``tokens`` tokens choose."""
     active = 1 - (1 - min(top_k / group.experts, 1)) ** tokens
     return active * layer_bytes(group, weight_format)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from ..ops.layout import MatrixFormat
 from .model import ModelParts
 
 _WIDTH = {"float32": 4, "fp32": 4, "float": 4, "bfloat16": 2, "float16": 2, "bf16": 2, "fp16": 2}
@@ -13,12 +14,16 @@ _NEVER_QUANTISED = ("embeddings and head", "routers", "norms", "other", "vision 
 
 @dataclass(frozen=True, kw_only=True)
 class Storage:
-    """Bytes per weight, scales included. ``rest`` applies to attention, shared experts and dense MLPs."""
+    """Bytes per weight, scales included. ``rest`` applies to attention, shared experts and dense MLPs.
+
+    ``kept``: the packed format that holds the experts as they are stored; None where they are not quantised.
+    """
 
     name: str
     experts: float
     rest: float
     width: int = 2  # bytes of whatever is not quantised
+    kept: MatrixFormat | None = None
 
     def nbytes(self, parts: ModelParts) -> int:
         """Size of the checkpoint."""
@@ -46,15 +51,17 @@ def storage(config: dict[str, Any]) -> Storage:
     if method == "fp8":
         rows, columns = quantization.get("weight_block_size") or (1, 1 << 30)
         size = 1 + 4 / (rows * columns)
-        return Storage(name=f"fp8, scales per {rows} x {columns}", experts=size, rest=size)
+        kept = MatrixFormat("fp8", columns) if rows > 1 else MatrixFormat("fp8_channel", 0)
+        return Storage(name=f"fp8, scales per {rows} x {columns}", experts=size, rest=size, kept=kept)
     if method == "mxfp4":
-        return Storage(name="mxfp4", experts=0.5 + 1 / 32, rest=width)
+        return Storage(name="mxfp4", experts=0.5 + 1 / 32, rest=width, kept=MatrixFormat("mxfp4", 32))
     if method == "compressed-tensors":
         return _compressed(quantization, width)
     if method in ("gptq", "awq"):
         bits, group = int(quantization.get("bits", 4)), int(quantization.get("group_size") or 128)
         size = bits / 8 + (2 + bits / 8) / group
-        return Storage(name=f"{method} int{bits}, group {group}", experts=size, rest=size)
+        exact = MatrixFormat("uint4_fp16", max(group, 0)) if bits == 4 else None
+        return Storage(name=f"{method} int{bits}, group {group}", experts=size, rest=size, kept=exact)
     raise ValueError(
         f"quantization_config: expected quant_method fp8, mxfp4, compressed-tensors, gptq or awq, got {method!r}; "
         "plan with the config.json of the BF16 checkpoint"
@@ -74,4 +81,6 @@ def _compressed(quantization: dict[str, Any], width: int) -> Storage:
     kind = "fp" if weights.get("type") == "float" else "int"
     experts_only = any("attn" in str(pattern) for pattern in quantization.get("ignore") or [])
     scales = f"group {group}" if isinstance(group, int) and group > 0 else "per channel"
-    return Storage(name=f"{kind}{bits}, {scales}", experts=size, rest=width if experts_only else size, width=width)
+    rest = width if experts_only else size
+    kept = {("int", 4): MatrixFormat("int4", group or 0), ("fp", 8): MatrixFormat("fp8_channel", 0)}.get((kind, bits))
+    return Storage(name=f"{kind}{bits}, {scales}", experts=size, rest=rest, width=width, kept=kept)

@@ -27,19 +27,22 @@ import struct
 import zlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
+from functools import cached_property
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..ops.layout import Layout, MatrixFormat
 from ..ops.packed import PackedExperts
 
 logger = logging.getLogger(__name__)
 
 MAGIC = b"KTSFTPKD"
-VERSION = 1
+VERSION = 2
 _HEAD = struct.Struct("<8sIIQQ")  # magic, version, CRC-32 of the index, its offset, its length
 _PAGE = 4096
 _CHUNK = 4 << 20  # bytes per read while checking: stays in L2/L3 between the read and the CRC
@@ -54,8 +57,7 @@ class CacheMiss(Exception):
 class CacheSpec:
     """What a file must hold to be usable. ``source`` and ``content`` identify the checkpoint (loader.py)."""
 
-    weight_format: str
-    group_size: int
+    wanted: str  # the setting that the layouts came from
     num_experts: int
     hidden_size: int
     intermediate_size: int
@@ -63,16 +65,25 @@ class CacheSpec:
     packing: str  # fingerprint of quantiser and layout
     content: str  # the expert tensors: names, shapes, dtypes, samples
     source: str  # content, and the files' sizes and times; empty where copies of a file must stay usable
+    layouts: tuple[Layout, ...] | None = None  # of every layer; None: whatever the file has
 
-    def sizes(self) -> tuple[int, int, int, str, int]:
-        return (self.num_experts, self.hidden_size, self.intermediate_size, self.weight_format, self.group_size)
+    def sizes(self, layer: int) -> tuple[int, int, int, Layout]:
+        """The arguments of ``PackedExperts`` for one layer."""
+        assert self.layouts is not None
+        return self.num_experts, self.hidden_size, self.intermediate_size, self.layouts[layer]
 
-    @property
-    def layer_bytes(self) -> int:
-        return PackedExperts.nbytes_for(*self.sizes())
+    @cached_property
+    def layer_bytes(self) -> tuple[int, ...]:
+        return tuple(PackedExperts.nbytes_for(*self.sizes(i)) for i in range(len(self.layers)))
 
-    def offset(self, layer: int) -> int:
-        return _PAGE + layer * -(-self.layer_bytes // _PAGE) * _PAGE
+    def slot(self, layer: int) -> int:
+        """Bytes of one expert."""
+        return self.layer_bytes[layer] // self.num_experts
+
+    @cached_property
+    def offsets(self) -> tuple[int, ...]:
+        """Of every layer in the file, and the end of the last."""
+        return tuple(accumulate((-(-size // _PAGE) * _PAGE for size in self.layer_bytes), initial=_PAGE))
 
 
 def open_packed(path: Path, spec: CacheSpec, *, check: bool = True) -> dict[str, PackedExperts]:
@@ -83,9 +94,10 @@ def open_packed(path: Path, spec: CacheSpec, *, check: bool = True) -> dict[str,
     try:
         with open(path, "rb") as f:
             index = _read_index(f.fileno())
-            _compare(index["spec"], spec)
+            found = _spec(index["spec"])
+            _compare(found, spec)
             if check:
-                _check(f.fileno(), index["layers"], spec)
+                _check(f.fileno(), index["layers"], found)
             mapped = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_COPY)
     except FileNotFoundError:
         raise CacheMiss("there is none yet") from None
@@ -93,7 +105,7 @@ def open_packed(path: Path, spec: CacheSpec, *, check: bool = True) -> dict[str,
         raise CacheMiss(f"it cannot be read ({error.strerror or error})") from error
     except (KeyError, TypeError, ValueError) as error:
         raise CacheMiss(f"its index is malformed ({error!r})") from error
-    return {name: PackedExperts(_storage(mapped, spec, i), *spec.sizes()) for i, name in _layers(spec)}
+    return {name: PackedExperts(_storage(mapped, found, i), *found.sizes(i)) for i, name in _layers(found)}
 
 
 def verify_packed(path: Path) -> CacheSpec:
@@ -101,7 +113,7 @@ def verify_packed(path: Path) -> CacheSpec:
     try:
         with open(path, "rb") as f:
             index = _read_index(f.fileno())
-            spec = CacheSpec(**{**index["spec"], "layers": tuple(index["spec"]["layers"])})
+            spec = _spec(index["spec"])
             _check(f.fileno(), index["layers"], spec)
     except OSError as error:
         raise CacheMiss(f"it cannot be read ({error.strerror or error})") from error
@@ -111,7 +123,15 @@ def verify_packed(path: Path) -> CacheSpec:
 
 
 def _storage(mapped: mmap.mmap, spec: CacheSpec, layer: int) -> Tensor:
-    return torch.frombuffer(mapped, dtype=torch.uint8, count=spec.layer_bytes, offset=spec.offset(layer))
+    return torch.frombuffer(mapped, dtype=torch.uint8, count=spec.layer_bytes[layer], offset=spec.offsets[layer])
+
+
+def _spec(row: dict[str, Any]) -> CacheSpec:
+    """From the index of a file."""
+    layouts = tuple(tuple(MatrixFormat(*matrix) for matrix in layout) for layout in row["layouts"])
+    if len(layouts) != len(row["layers"]) or any(len(layout) != 3 for layout in layouts):
+        raise ValueError("layouts")
+    return CacheSpec(**{**row, "layers": tuple(row["layers"]), "layouts": layouts})
 
 
 def _layers(spec: CacheSpec) -> Iterator[tuple[int, str]]:
@@ -135,24 +155,24 @@ def _read_index(fd: int) -> dict[str, Any]:
     return json.loads(text)
 
 
-def _compare(found: dict[str, Any], spec: CacheSpec) -> None:
-    for name, expected in json.loads(json.dumps(asdict(spec))).items():
-        if found.get(name) != expected:
+def _compare(found: CacheSpec, spec: CacheSpec) -> None:
+    for name in (field.name for field in fields(CacheSpec)):
+        got, expected = getattr(found, name), getattr(spec, name)
+        if expected is not None and got != expected:
             what = {"source": "the checkpoint's files have changed", "content": "it holds another model's experts"}
-            raise CacheMiss(what.get(name, f"{name} is {found.get(name)!r}, wanted {expected!r}"))
+            raise CacheMiss(what.get(name, f"{name} is {got!r}, wanted {expected!r}"))
 
 
 def _check(fd: int, layers: dict[str, Any], spec: CacheSpec) -> None:
-    nbytes = spec.layer_bytes // spec.num_experts
     jobs = []
     for i, name in _layers(spec):
-        row = layers[name]
-        if row["offset"] != spec.offset(i) or len(row["crc32"]) != spec.num_experts:
+        row, start, nbytes = layers[name], spec.offsets[i], spec.slot(i)
+        if row["offset"] != start or len(row["crc32"]) != spec.num_experts:
             raise CacheMiss("its index is malformed")
-        jobs += [(spec.offset(i) + e * nbytes, crc, name, e) for e, crc in enumerate(row["crc32"])]
+        jobs += [(start + e * nbytes, nbytes, crc, name, e) for e, crc in enumerate(row["crc32"])]
 
-    def check(job: tuple[int, int, str, int]) -> None:
-        start, expected, name, expert = job
+    def check(job: tuple[int, int, int, str, int]) -> None:
+        start, nbytes, expected, name, expert = job
         if _crc_of_file(fd, start, nbytes) != expected:
             raise CacheMiss(f"it is torn (checksum of {name}, expert {expert})")
 
@@ -183,8 +203,7 @@ class PackedWriter:
     def __init__(self, path: Path, spec: CacheSpec) -> None:
         self._path, self._spec = path, spec
         self._temporary = path.with_name(path.name + ".tmp")
-        self._slot = spec.layer_bytes // spec.num_experts
-        self._end = spec.offset(len(spec.layers))
+        self._end = spec.offsets[-1]
         self._crc: dict[str, list[int | None]] = {name: [None] * spec.num_experts for name in spec.layers}
         self._index_of = {name: i for i, name in _layers(spec)}
         self._unsynced = 0
@@ -207,12 +226,14 @@ class PackedWriter:
     def put(self, layer: str, expert: int, storage: Tensor) -> None:
         """Write one expert's slice of the layer's storage."""
         data = storage.numpy().data
-        if data.nbytes != self._slot:
-            raise ValueError(f"{layer}, expert {expert}: expected {self._slot} packed bytes, got {data.nbytes}")
+        index = self._index_of[layer]
+        slot = self._spec.slot(index)
+        if data.nbytes != slot:
+            raise ValueError(f"{layer}, expert {expert}: expected {slot} packed bytes, got {data.nbytes}")
         self._crc[layer][expert] = zlib.crc32(data)
         with self._explained():
-            self._write(data, self._spec.offset(self._index_of[layer]) + expert * self._slot)
-            self._unsynced += self._slot
+            self._write(data, self._spec.offsets[index] + expert * slot)
+            self._unsynced += slot
             if self._unsynced >= _SYNC_EVERY:
                 os.fdatasync(self._fd)
                 self._unsynced = 0
@@ -223,7 +244,7 @@ class PackedWriter:
             if None in crcs:
                 raise ValueError(f"{layer}: expert {crcs.index(None)} was never written")
         spec = self._spec
-        rows = {name: {"offset": spec.offset(i), "crc32": self._crc[name]} for i, name in _layers(spec)}
+        rows = {name: {"offset": spec.offsets[i], "crc32": self._crc[name]} for i, name in _layers(spec)}
         text = json.dumps({"spec": asdict(spec), "layers": rows}).encode()
         head = _HEAD.pack(MAGIC, VERSION, zlib.crc32(text), self._end, len(text))
         with self._explained():

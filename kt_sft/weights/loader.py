@@ -2,9 +2,9 @@
 
 Tensors are read in the order of the files, one expert at a time and some ahead, packed in a buffer for one expert and
 written to the cache file, which is mapped at the end. Memory beyond the mapped file is thus a few experts' tensors;
-with ``cache_dir: none`` it is the packed experts themselves and these few tensors. Quantised experts are dequantised
-one by one and packed in the format asked for, unless their codes and scales are those of that format already. A log
-line per layer says what packing kept of the signal, by its expert 0:
+with ``cache_dir: none`` it is the packed experts themselves and these few tensors. Codes and scales of a checkpoint are
+kept as they are if they fit the format asked for; otherwise experts are dequantised one by one and quantised anew. A
+log line per layer says what packing kept of the signal, by its expert 0:
 
     SQNR = 10 log10(sum w^2 / sum (w - packed w)^2) dB
 
@@ -23,8 +23,8 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
-from itertools import cycle
+from dataclasses import dataclass, replace
+from itertools import accumulate, cycle
 from pathlib import Path
 from typing import TypeVar
 
@@ -35,11 +35,13 @@ from tqdm import tqdm
 from ..config import KtConfig
 from ..distributed.memory import filled_once
 from ..distributed.peers import Peers
+from ..ops.layout import QUANTISED, Layout, MatrixFormat, name_of
 from ..ops.packed import PackedExperts
-from ..ops.quantize import resolve_group_size
+from . import packed_form
 from .cache import CacheMiss, CacheSpec, PackedWriter, build_lock, open_packed
 from .checkpoint import Checkpoint, ExpertTensors
 from .formats import ExpertReader, open_checkpoint
+from .packed_form import choose_layout, format_of, wanted
 from .quantized import QuantizedWeight
 
 logger = logging.getLogger(__name__)
@@ -87,17 +89,16 @@ def load_experts(
     held = range(num_experts) if held is None else held
     content = _content(checkpoint, readers, num_experts, held)
     spec = CacheSpec(
-        weight_format=config.weight_format,
-        group_size=resolve_group_size(config.weight_format, config.group_size),
+        wanted=wanted(config),
         num_experts=len(held),
         hidden_size=hidden_size,
         intermediate_size=intermediate_size,
         layers=tuple(layers),
-        packing=_packing(config),
+        packing=_packing(),
         content=content,
         source="" if config.weight_path else _source(checkpoint, content),
     )
-    job = _Job(checkpoint, readers, spec, held, progress)
+    job = _Job(checkpoint, readers, spec, held, progress, config)
     path = _path(job, config)
     if path is None:
         return _pack_in_memory(job, peers)
@@ -115,6 +116,16 @@ class _Job:
     spec: CacheSpec
     held: range
     progress: bool
+    config: KtConfig
+
+    def with_layouts(self) -> _Job:
+        """The same with the format of every matrix, which the first expert of every layer decides."""
+        first = [(name, reader.read(self.held.start)) for name, reader in self.readers.items()]
+        layouts = tuple(choose_layout(name, weights, self.config) for name, weights in first)
+        return replace(self, spec=replace(self.spec, layouts=layouts))
+
+    def layout(self, layer: str) -> Layout:
+        return self.spec.sizes(self.spec.layers.index(layer))[-1]
 
 
 def _open_or_build(path: Path, job: _Job) -> dict[str, PackedExperts]:
@@ -127,7 +138,7 @@ def _open_or_build(path: Path, job: _Job) -> dict[str, PackedExperts]:
             return open_packed(path, job.spec)  # built by another process meanwhile
         except CacheMiss as miss:
             logger.info("Packing the experts of %s into %s: %s.", job.checkpoint.folder, path, miss)
-        _build(path, job)
+        _build(path, job.with_layouts())
         try:
             return open_packed(path, job.spec)
         except CacheMiss as miss:
@@ -146,33 +157,25 @@ def _first_then_others(peers: Peers, first: Callable[[], _T], others: Callable[[
     return result if peers.index == 0 else others()
 
 
-def _is_packed_form(weight: QuantizedWeight, spec: CacheSpec) -> bool:
-    """Whether codes and scales are those of the packed format: INT4 as compressed-tensors stores it."""
-    return (
-        (weight.kind, spec.weight_format) == ("int4", "int4")
-        and weight.block == (1, spec.group_size or weight.shape[1])
-        and weight.scales is not None
-        and weight.scales.dtype == torch.bfloat16
-        and weight.zeros is None
-        and weight.column_groups is None
-    )
-
-
-def _read(reader: ExpertReader, expert: int, spec: CacheSpec, buffers: dict[str, Tensor]) -> Matrices:
-    """One expert's matrices; quantised ones are dequantised into ``buffers``, whose pages are there already."""
+def _read(reader: ExpertReader, expert: int, layout: Layout, buffers: dict[str, Tensor]) -> Matrices:
+    """One expert's matrices; what is quantised anew is dequantised into ``buffers``, whose pages are there already."""
     weights = reader.read(expert)
-    parts = (weights.gate, weights.up, weights.down)
-    if all(_is_packed_form(part, spec) for part in parts):
-        return parts
 
-    def matrix(name: str, part: QuantizedWeight) -> Tensor:
+    def matrix(name: str, part: QuantizedWeight, target: MatrixFormat) -> Matrix:
         if part.kind == "float":
             return part.codes
+        if format_of(part) == target:
+            return part
+        if target.name not in QUANTISED:
+            raise ValueError(
+                f"expert {expert}: {name}: expected {target} as in the layer's first expert, got {part.kind}"
+            )
         if name not in buffers:
             buffers[name] = torch.empty(part.shape)
         return part.dequantize(out=buffers[name])
 
-    return matrix("gate", weights.gate), matrix("up", weights.up), matrix("down", weights.down)
+    gate, up, down = layout
+    return matrix("gate", weights.gate, gate), matrix("up", weights.up, up), matrix("down", weights.down, down)
 
 
 def _in_file_order(job: _Job) -> list[tuple[str, int]]:
@@ -186,11 +189,12 @@ def _in_file_order(job: _Job) -> list[tuple[str, int]]:
 def _pack_all(job: _Job, put: Put) -> None:
     """Read every expert ahead on other threads and hand it to ``put``, numbered from the first that is held."""
     matrix_elements = 3 * job.spec.hidden_size * job.spec.intermediate_size
+    names = sorted({name_of(layout) for layout in job.spec.layouts or ()})
     bar = tqdm(
         total=len(job.readers) * len(job.held) * matrix_elements,
         unit="param",
         unit_scale=True,
-        desc=f"packing experts ({job.spec.weight_format})",
+        desc=f"packing experts ({', '.join(names)})",
         disable=None if job.progress else True,
     )
     with bar:
@@ -208,7 +212,8 @@ def _read_ahead(job: _Job) -> Iterator[tuple[str, int, Matrices]]:
     with ThreadPoolExecutor(max_workers=_READERS, thread_name_prefix="kt_sft-read") as pool:
         try:
             for layer, expert in _in_file_order(job):
-                pending.append((layer, expert, pool.submit(_read, job.readers[layer], expert, job.spec, next(buffers))))
+                future = pool.submit(_read, job.readers[layer], expert, job.layout(layer), next(buffers))
+                pending.append((layer, expert, future))
                 if len(pending) > _READ_AHEAD:
                     layer, expert, future = pending.popleft()
                     yield layer, expert, future.result()
@@ -236,34 +241,34 @@ def _named(
 
 
 def _pack(packed: PackedExperts, index: int, matrices: Matrices) -> None:
-    gate, up, down = matrices
-    if isinstance(gate, Tensor) and isinstance(up, Tensor) and isinstance(down, Tensor):
-        packed.pack_expert_(index, gate, up, down)
-    else:
-        parts = [part for part in matrices if isinstance(part, QuantizedWeight)]
-        packed.pack_codes_(index, [(part.codes, part.scales) for part in parts])
+    for projection, matrix in enumerate(matrices):
+        packed_form.pack(packed, index, projection, matrix)
 
 
 def _report(layer: str, packed: PackedExperts, matrices: Matrices) -> None:
     """Log what packing kept of one expert; ``packed`` holds only that one."""
-    if packed.weight_format == "bf16":
+    kept = sorted({str(m) for m, source in zip(packed.layout, matrices, strict=True) if not isinstance(source, Tensor)})
+    if kept:
+        logger.info("%s: %s kept as stored", layer, ", ".join(kept))
+    pairs = zip(packed.dequantize(torch.float32), matrices, strict=True)
+    values = [(got[0], source) for got, source in pairs if isinstance(source, Tensor)]
+    if not values or packed.weight_format == "bf16":
         return
-    signal = noise = 0.0
-    for values, source in zip(packed.dequantize(), matrices, strict=True):
-        if isinstance(source, QuantizedWeight):
-            logger.info("%s: %s codes packed as they are", layer, source.kind)
-            return
-        signal += source.float().square().sum().item()
-        noise += (values[0].float() - source.float()).square().sum().item()
+    signal = sum(source.float().square().sum().item() for _, source in values)
+    noise = sum((got - source.float()).square().sum().item() for got, source in values)
     sqnr = 10 * math.log10(signal / noise) if signal and noise else math.inf
     logger.info("%s packed as %s: SQNR %.1f dB (expert 0)", layer, packed.weight_format, sqnr)
 
 
 def _build(path: Path, job: _Job) -> None:
-    one = PackedExperts.empty(1, *job.spec.sizes()[1:])
+    by_layout: dict[Layout, PackedExperts] = {}  # a buffer of one expert
     with PackedWriter(path, job.spec) as writer:
 
         def put(layer: str, expert: int, matrices: Matrices) -> None:
+            layout = job.layout(layer)
+            if layout not in by_layout:
+                by_layout[layout] = PackedExperts.empty(1, job.spec.hidden_size, job.spec.intermediate_size, layout)
+            one = by_layout[layout]
             one.storage.zero_()  # padding bytes are part of the checksums
             _pack(one, 0, matrices)
             if expert == 0:
@@ -275,24 +280,30 @@ def _build(path: Path, job: _Job) -> None:
 
 
 def _pack_in_memory(job: _Job, peers: Peers | None) -> dict[str, PackedExperts]:
-    sizes, first = job.spec.sizes(), job.spec.layer_bytes // job.spec.num_experts
-    slot = -(-job.spec.layer_bytes // _ALIGN) * _ALIGN
+    job = job.with_layouts()
+    spec = job.spec
+    starts = list(accumulate((-(-size // _ALIGN) * _ALIGN for size in spec.layer_bytes), initial=0))
 
     def layers_in(memory: Tensor) -> dict[str, PackedExperts]:
-        slices = (memory[i * slot :][: job.spec.layer_bytes] for i in range(len(job.readers)))
-        return {name: PackedExperts(storage, *sizes) for name, storage in zip(job.readers, slices, strict=True)}
+        return {
+            name: PackedExperts(memory[starts[i] :][: spec.layer_bytes[i]], *spec.sizes(i))
+            for i, name in enumerate(spec.layers)
+        }
 
     def pack_into(packed: dict[str, PackedExperts]) -> None:
         def put(layer: str, expert: int, matrices: Matrices) -> None:
-            _pack(packed[layer], expert, matrices)
+            experts = packed[layer]
+            _pack(experts, expert, matrices)
             if expert == 0:
-                _report(layer, PackedExperts(packed[layer].storage[:first], 1, *sizes[1:]), matrices)
+                first = experts.storage[: experts.nbytes // experts.num_experts]
+                sizes = (experts.hidden_size, experts.intermediate_size, experts.layout)
+                _report(layer, PackedExperts(first, 1, *sizes), matrices)
 
         _pack_all(job, put)
 
     if peers is not None:
-        return layers_in(filled_once(peers, slot * len(job.readers), lambda memory: pack_into(layers_in(memory))))
-    packed = {name: PackedExperts.empty(*sizes) for name in job.readers}
+        return layers_in(filled_once(peers, starts[-1], lambda memory: pack_into(layers_in(memory))))
+    packed = {name: PackedExperts.empty(*spec.sizes(i)) for i, name in enumerate(spec.layers)}
     pack_into(packed)
     return packed
 
@@ -318,20 +329,23 @@ def _source(checkpoint: Checkpoint, content: str) -> str:
     return _digest(stats, config, headers, content)
 
 
-def _packing(config: KtConfig) -> str:
-    """Changes when quantiser or layout do: the packed bytes of a matrix whose int4 codes are exact, so free of ties."""
+def _packing() -> str:
+    """Changes when quantiser or layout do: the packed bytes of matrices whose int4 codes are exact, so free of ties."""
     D, F = 96, 80
-    probe = PackedExperts.empty(1, D, F, config.weight_format, config.group_size)
-    probe.storage.zero_()
     weight = (torch.arange(F * D) % 15 - 7).float()
-    probe.pack_expert_(0, weight.view(F, D), -weight.view(F, D), 2 * weight.view(D, F))
-    return hashlib.blake2b(probe.storage.numpy().tobytes(), digest_size=16).hexdigest()
+    digest = hashlib.blake2b(digest_size=16)
+    for name in QUANTISED:
+        probe = PackedExperts.empty(1, D, F, name)
+        probe.storage.zero_()
+        probe.pack_expert_(0, weight.view(F, D), -weight.view(F, D), 2 * weight.view(D, F))
+        digest.update(probe.storage.numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _path(job: _Job, config: KtConfig) -> Path | None:
     spec, held, checkpoint = job.spec, job.held, job.checkpoint
     sizes = "x".join(str(n) for n in (len(spec.layers), spec.num_experts, spec.hidden_size, spec.intermediate_size))
-    kind = f"{spec.weight_format}-g{spec.group_size}-{sizes}" + (f"-from{held.start}" if held.start else "")
+    kind = f"{spec.wanted}-{sizes}" + (f"-from{held.start}" if held.start else "")
     if config.weight_path:
         folder = Path(config.weight_path).expanduser()
         _refuse_foreign(folder)

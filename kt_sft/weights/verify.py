@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from ..ops.layout import name_of
 from .cache import CacheMiss, verify_packed
 from .checkpoint import Checkpoint
 from .formats import MAIN, format_of, open_checkpoint
@@ -52,7 +53,7 @@ def _packed(file: Path) -> Verified:
         spec = verify_packed(file)
     except CacheMiss as miss:
         raise ValueError(f"packed experts {file}: {miss}; delete it, the next start packs the experts again") from miss
-    layers = Counter({f"packed layers, {spec.weight_format}": len(spec.layers)})
+    layers = Counter(f"packed layers, {name_of(layout)}" for layout in spec.layouts or ())
     return Verified(file, file.stat().st_size, layers)
 
 

@@ -26,6 +26,7 @@ def _quick_probes(monkeypatch):
     monkeypatch.setattr(probes, "peak_flops", lambda: Rate(1e12, "measured: here"))
     monkeypatch.setattr(probes, "memory_bandwidth", lambda: Rate(50e9, "measured: here"))
     monkeypatch.setattr(probes, "pack_rate", lambda weight_format: Rate(2e9, "measured: here"))
+    monkeypatch.setattr(probes, "repack_rate", lambda: Rate(2e9, "measured: here"))
     monkeypatch.setenv("COLUMNS", "200")
 
 
@@ -88,7 +89,7 @@ def test_a_checkpoint_folder(tmp_path):
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (("--format", "int3"), "format: expected one of bf16, int8, int4; got 'int3'"),
+        (("--format", "int3"), "format: expected one of auto, bf16, int8, int4; got 'int3'"),
         (("--gpu-memory", "lots"), "--gpu-memory: expected a size such as 24GB or 1.5TiB, got 'lots'"),
         (("--cpu-tflops", "0"), "--cpu-tflops: expected TFLOP/s above 0"),
         (("--cutoff-len", "0"), "cutoff_len: expected a whole number of at least 1, got 0"),

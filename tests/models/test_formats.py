@@ -59,7 +59,8 @@ def test_one_folder_as_published(model, tmp_path, kind):
     folder, made = as_published(model, tmp_path / kind, kind)
     twin = published.with_experts(model, tmp_path / "twin", published.dequantised(folder, made.layers, (E, D, F)))
     expected = stock_logits(twin)
-    assert rms_ratio(our_logits(folder, weight_format="bf16"), expected) < 1e-2
+    settings = {"weight_format": "bf16"} if kind == "gptq_act_order" else {}  # which no packed format holds
+    assert rms_ratio(our_logits(folder, **settings), expected) < 1e-2
     assert rms_ratio(stock_logits(model), expected) > 1e-2  # quantising did change it
 
 
@@ -70,7 +71,7 @@ def test_gguf_experts_beside_a_model_folder(model, tmp_path, kind):
     dequantised = published.dequantised(file, published.gguf_layers(weights), (E, D, F))
     expected = stock_logits(published.with_experts(model, tmp_path / "twin", dequantised))
     for path in (file, file.parent):
-        assert rms_ratio(our_logits(model, weight_format="bf16", expert_checkpoint_path=str(path)), expected) < 1e-2
+        assert rms_ratio(our_logits(model, expert_checkpoint_path=str(path)), expected) < 1e-2
 
 
 @pytest.mark.parametrize(("weight_format", "least"), [("int8", 35.0), ("int4", 18.0)])

@@ -36,7 +36,12 @@ HOST = Host(
     memory=Rate(100e9, "given"),
     disk=Rate(1e9, "given"),
     gpu=Rate(40e12, "given"),
-    pack={"bf16": Rate(4e9, "given"), "int8": Rate(4e9, "given"), "int4": Rate(4e9, "given")},
+    pack={
+        "bf16": Rate(4e9, "given"),
+        "int8": Rate(4e9, "given"),
+        "int4": Rate(4e9, "given"),
+        "as stored": Rate(4e9, "given"),
+    },
     efficiency=0.5,
 )
 JOB = Job(cutoff_len=1000, lora_rank=0)
@@ -102,6 +107,14 @@ def test_what_fits():
     ]
 
 
+def test_quantised_experts_are_planned_as_they_are():
+    found = source.find(CONFIG.with_name("deepseek_v3.json"))
+    plan = report.make(found, JOB, replace(HOST, ram=1 << 41, ram_free=1 << 41, cache_free=1 << 41))
+    assert [o.weight_format for o in plan.options] == ["auto (fp8)", "bf16", "int8", "int4"]
+    assert plan.best.weight_format == "auto (fp8)"
+    assert plan.best.packed == pytest.approx(plan.stored.expert_bytes(plan.parts), rel=1e-3)
+
+
 def test_as_json_sums_up():
     plan = report.make(source.find(CONFIG), JOB, HOST)
     data = json.loads(json.dumps(report.as_dict(plan)))
@@ -112,5 +125,5 @@ def test_as_json_sums_up():
 
 
 def test_an_unknown_format_is_refused():
-    with pytest.raises(ValueError, match="format: expected one of bf16, int8, int4; got 'int3'"):
+    with pytest.raises(ValueError, match="format: expected one of auto, bf16, int8, int4; got 'int3'"):
         report.make(source.find(CONFIG), JOB, HOST, ("int3",))

@@ -1,0 +1,143 @@
+"""A checkpoint's codes in packed form: which format holds them as they are, and what packing takes.
+
+A matrix that none of the formats holds (GPTQ with act-order, GGUF's rarer types, values) has to be quantised anew.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from ..config import KtConfig
+from ..ops.layout import QUANTISED, Layout, MatrixFormat, resolve_group_size
+from ..ops.packed import PackedExperts
+from .formats import ExpertWeights
+from .gguf_blocks import BLOCKS, q4_k_parts, q5_k_parts, q6_k_parts
+from .quantized import QuantizedWeight, pack_nibbles
+
+_BLOCK = 32  # rows and columns of a packed block
+_PARTS: dict[str, Callable[[Tensor], tuple[Tensor, list[Tensor]]]] = {
+    "q4_k": q4_k_parts,
+    "q5_k": q5_k_parts,
+    "q6_k": q6_k_parts,
+}
+# (kind, scale dtype, with zero points) of a scale per row and group -> format
+_BY_GROUP = {
+    ("int8", torch.bfloat16, False): "int8",
+    ("int8", torch.float16, False): "q8_0",
+    ("int4", torch.bfloat16, False): "int4",
+    ("int4", torch.float16, False): "q4_0",
+    ("int4", torch.bfloat16, True): "uint4",
+    ("int4", torch.float16, True): "uint4_fp16",
+    ("e2m1", torch.uint8, False): "mxfp4",
+    ("iq4_nl", torch.float16, False): "iq4_nl",
+}
+
+
+def format_of(weight: QuantizedWeight) -> MatrixFormat | None:
+    """The packed format that holds the codes and scales bit for bit; None if there is none."""
+    (rows, columns), (height, width) = weight.shape, weight.block
+    if weight.kind in _PARTS:
+        return MatrixFormat(weight.kind, 0)
+    if weight.scales is None or weight.column_groups is not None or columns % 2:
+        return None
+    group = 0 if width >= columns else width
+    if group % _BLOCK:
+        return None
+    if weight.kind == "fp8_e4m3":
+        if height == 1:
+            return MatrixFormat("fp8_channel", group)
+        return MatrixFormat("fp8", group) if height % _BLOCK == 0 or height >= rows else None
+    name = _BY_GROUP.get((weight.kind, weight.scales.dtype, weight.zeros is not None))
+    return MatrixFormat(name, group) if name is not None and height == 1 else None
+
+
+_FAMILIES = {  # what a setting accepts
+    "fp8": ("fp8", "fp8_channel"),
+    "mxfp4": ("mxfp4",),
+    "gguf": ("q8_0", "q4_0", "iq4_nl", "mxfp4", "q4_k", "q5_k", "q6_k"),
+}
+_OTHERWISE = "int8"  # of what no format holds as it is
+
+
+def wanted(config: KtConfig) -> str:
+    """The setting as one word, for names of files: auto, int8-g0, int4-g32 ..."""
+    if config.weight_format not in QUANTISED:
+        return config.weight_format + (f"-g{config.group_size}" if config.group_size else "")
+    return f"{config.weight_format}-g{resolve_group_size(config.weight_format, config.group_size)}"
+
+
+def choose_layout(layer: str, first: ExpertWeights, config: KtConfig) -> Layout:
+    """The packed formats of a layer's matrices, by its first expert and the setting.
+
+    Raises ValueError if the setting names a format that the checkpoint does not have.
+    """
+
+    def chosen(name: str, weight: QuantizedWeight) -> MatrixFormat:
+        stored = format_of(weight)
+        if config.weight_format in QUANTISED:
+            return MatrixFormat(config.weight_format, resolve_group_size(config.weight_format, config.group_size))
+        if config.weight_format == "auto":
+            return stored or MatrixFormat(_OTHERWISE, resolve_group_size(_OTHERWISE, config.group_size))
+        if stored is None or stored.name not in _FAMILIES[config.weight_format]:
+            raise ValueError(
+                f"weight_format {config.weight_format}: expected a checkpoint with experts in "
+                f"{' or '.join(_FAMILIES[config.weight_format])}, got {stored or weight.kind} ({layer}, {name}); "
+                "use auto (as they are stored, or int8), int8 or int4"
+            )
+        return stored
+
+    return chosen("gate", first.gate), chosen("up", first.up), chosen("down", first.down)
+
+
+def pack(packed: PackedExperts, index: int, projection: int, weight: Tensor | QuantizedWeight) -> None:
+    """Pack one matrix of one expert: values are quantised, codes kept as they are.
+
+    Raises ValueError on a wrong shape, values or scales that are NaN or Inf, and codes of another format.
+    """
+    if isinstance(weight, Tensor):
+        packed.pack_matrix_(index, projection, weight)
+        return
+    expected, found = packed.layout[projection], format_of(weight)
+    if found != expected:
+        raise ValueError(f"expected every expert of the layer stored as {expected}, got {found or weight.kind}")
+    codes, planes = _codes(weight), _planes(weight)
+    packed.pack_codes_(index, projection, codes, planes)
+
+
+def _codes(weight: QuantizedWeight) -> Tensor:
+    if weight.kind not in _PARTS:
+        return weight.codes.view(torch.uint8)
+    codes = _PARTS[weight.kind](_blocks(weight))[0].view(weight.shape)
+    return pack_nibbles(codes) if weight.kind == "q4_k" else codes
+
+
+def _planes(weight: QuantizedWeight) -> list[Tensor]:
+    rows = weight.shape[0]
+    if weight.kind in _PARTS:
+        _require_finite(BLOCKS[weight.kind].factors(weight.codes))
+        return [plane.reshape(rows, -1) for plane in _PARTS[weight.kind](_blocks(weight))[1]]
+    assert weight.scales is not None
+    values = weight.scale_values()
+    _require_finite(values)
+    if weight.kind == "fp8_e4m3":
+        height = weight.block[0]
+        if height > 1:  # one per row of packed blocks
+            values = values.repeat_interleave(max(1, -(-height // _BLOCK)), 0)[: -(-rows // _BLOCK)]
+        return [_bytes(values)]
+    return [_bytes(weight.scales), *([] if weight.zeros is None else [weight.zeros])]
+
+
+def _blocks(weight: QuantizedWeight) -> Tensor:
+    return weight.codes.reshape(-1, BLOCKS[weight.kind].nbytes)
+
+
+def _bytes(scales: Tensor) -> Tensor:
+    return scales.contiguous().view(torch.uint8)
+
+
+def _require_finite(scales: Tensor) -> None:
+    if not torch.isfinite(scales).all():
+        raise ValueError("scales: expected finite values, got NaN or Inf")
