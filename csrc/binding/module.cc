@@ -103,7 +103,7 @@ void pack_quantised(const PackedHandle& packed, int expert, int projection, cons
   KT_CHECK(bits <= 8 && m.cols % 2 == 0,
            "codes: expected a format of at most 8 bits and an even number of columns, got ", info(m.format).name,
            " and ", m.cols);
-  const uint8_t* code_data = tensor<uint8_t>(codes, "codes", {Dtype::u8}, {m.rows, bits == 4 ? m.cols / 2 : m.cols});
+  const uint8_t* code_data = tensor<uint8_t>(codes, "codes", {Dtype::u8}, {m.rows, source_row_bytes(m.format, m.cols)});
   const uint8_t* plane_data[kMaxPlanes] = {};
   int count = 0;
   for (; count < kMaxPlanes && m.plane(count).lanes > 0; ++count) {

@@ -17,36 +17,100 @@ bool pack_matrix(const PackedMatrix& dst, const void* weights, bool is_float) {
   return finite;
 }
 
+// Bytes of a GGUF super-block of 256 weights; 0 for formats that have none.
+static constexpr int super_block_bytes(Format format) {
+  return format == Format::q4_k ? 144 : format == Format::q5_k ? 176 : format == Format::q6_k ? 210 : 0;
+}
+
+int64_t source_row_bytes(Format format, int cols) {
+  if (const int bytes = super_block_bytes(format)) return int64_t{cols} / 256 * bytes;
+  return info(format).bits == 4 ? cols / 2 : cols;
+}
+
 namespace {
+
+constexpr int kParts = 256 / kBlock;  // of a super-block
 
 // What is stored differs from the code + 8 that comes in: four bits of two's complement differ in the highest.
 constexpr uint8_t flipped_bits(Format format) { return format == Format::int4 || format == Format::q4_0 ? 0x88 : 0; }
 
-// Pair p of row i into its place in a block: the two codes as one byte of nibbles, or as two bytes.
-void store_pair(int bits, const uint8_t* pair, int p, int i, uint8_t flip, uint8_t* block) {
-  if (bits == 4) {
-    block[p * kBlock + i] = pair[0] ^ flip;
-  } else if (bits == 8) {
-    block[(p * kBlock + i) * 2] = pair[0], block[(p * kBlock + i) * 2 + 1] = pair[1];
+// The 32 codes of part j of a GGUF super-block of 256 weights (ggml-common.h of llama.cpp: block_q4_K ...).
+void q4_k_codes(const uint8_t* block, int j, uint8_t* codes) {
+  const uint8_t* low = block + 16 + j / 2 * 32;
+  for (int i = 0; i < kBlock; ++i) codes[i] = low[i] >> j % 2 * 4 & 15;
+}
+
+void q5_k_codes(const uint8_t* block, int j, uint8_t* codes) {
+  const uint8_t *high = block + 16, *low = block + 48 + j / 2 * 32;
+  for (int i = 0; i < kBlock; ++i)
+    codes[i] = static_cast<uint8_t>((low[i] >> j % 2 * 4 & 15) | (high[i] >> j & 1) << 4);
+}
+
+void q6_k_codes(const uint8_t* block, int j, uint8_t* codes) {
+  const int part = j % 4;
+  const uint8_t *low = block + j / 4 * 64 + part % 2 * 32, *high = block + 128 + j / 4 * 32;
+  for (int i = 0; i < kBlock; ++i)
+    codes[i] = static_cast<uint8_t>((low[i] >> part / 2 * 4 & 15) | (high[i] >> part * 2 & 3) << 4);
+}
+
+// The codes of a block's row as they come: nibbles of pairs for 4 bits, else bytes. Zeros beyond the matrix.
+template <int kBits>
+void read_row(const PackedMatrix& m, const uint8_t* row, int kb, uint8_t* codes) {
+  constexpr int kBytes = kBits == 4 ? kPairs : kBlock;
+  const int columns = std::min(kBlock, m.cols - kb * kBlock);
+  const int super = super_block_bytes(m.format);
+  if (super == 0) {
+    std::memset(codes, 0, kBytes);
+    std::memcpy(codes, row + kb * kBytes, columns * kBytes / kBlock);
+    return;
+  }
+  const uint8_t* block = row + int64_t{kb / kParts} * super;
+  if constexpr (kBits == 6) {
+    q6_k_codes(block, kb % kParts, codes);
+  } else if constexpr (kBits == 5) {
+    q5_k_codes(block, kb % kParts, codes);
   } else {
-    const int high = bits - 4, pairs_per_byte = 4 / high;  // see panel.h
-    block[p * kBlock + i] = static_cast<uint8_t>((pair[0] & 15) | pair[1] << 4);
-    const int more = pair[0] >> 4 | (pair[1] >> 4) << high;
-    block[(kPairs + p / pairs_per_byte) * kBlock + i] |= static_cast<uint8_t>(more << (p % pairs_per_byte * 2 * high));
+    uint8_t bytes[kBlock];
+    q4_k_codes(block, kb % kParts, bytes);
+    for (int p = 0; p < kPairs; ++p) codes[p] = static_cast<uint8_t>(bytes[2 * p] | bytes[2 * p + 1] << 4);
   }
 }
 
-void pack_block(const PackedMatrix& dst, int nb, int kb, const uint8_t* codes) {
-  auto* block = const_cast<uint8_t*>(dst.block(nb, kb));
-  std::memset(block, 0, dst.block_bytes());
-  const int bits = info(dst.format).bits, pair_bytes = bits == 4 ? 1 : 2;
-  const int64_t row_bytes = ceil_div(dst.cols, 2) * pair_bytes;
-  const uint8_t flip = flipped_bits(dst.format);
-  const int rows = std::min(kBlock, dst.rows - nb * kBlock), columns = std::min(kBlock, dst.cols - kb * kBlock);
-  for (int i = 0; i < rows; ++i) {
-    const uint8_t* row = codes + (int64_t{nb} * kBlock + i) * row_bytes + int64_t{kb} * kPairs * pair_bytes;
-    for (int p = 0; 2 * p < columns; ++p) store_pair(bits, row + p * pair_bytes, p, i, flip, block);
+// Codes of 32 rows -> the block: see panel.h.
+template <int kBits>
+void store_block(const uint8_t (*codes)[kBlock], uint8_t flip, uint8_t* block) {
+  for (int p = 0; p < kPairs; ++p)
+    for (int i = 0; i < kBlock; ++i) {
+      if constexpr (kBits == 4) {
+        block[p * kBlock + i] = codes[i][p] ^ flip;
+      } else if constexpr (kBits == 8) {
+        std::memcpy(block + (p * kBlock + i) * 2, codes[i] + 2 * p, 2);
+      } else {
+        block[p * kBlock + i] = static_cast<uint8_t>((codes[i][2 * p] & 15) | codes[i][2 * p + 1] << 4);
+      }
+    }
+  if constexpr (kBits == 5 || kBits == 6) {
+    constexpr int kHigh = kBits - 4, kPairsPerByte = 4 / kHigh;
+    for (int b = 0; b < kPairs / kPairsPerByte; ++b)
+      for (int i = 0; i < kBlock; ++i) {
+        int bits = 0;
+        for (int k = 0; k < 2 * kPairsPerByte; ++k) bits |= codes[i][b * 2 * kPairsPerByte + k] >> 4 << k * kHigh;
+        block[(kPairs + b) * kBlock + i] = static_cast<uint8_t>(bits);
+      }
   }
+}
+
+template <int kBits>
+void pack_block(const PackedMatrix& dst, int nb, int kb, const uint8_t* codes, int64_t row_bytes) {
+  uint8_t rows[kBlock][kBlock] = {};
+  const int count = std::min(kBlock, dst.rows - nb * kBlock);
+  for (int i = 0; i < count; ++i) read_row<kBits>(dst, codes + (int64_t{nb} * kBlock + i) * row_bytes, kb, rows[i]);
+  store_block<kBits>(rows, flipped_bits(dst.format), const_cast<uint8_t*>(dst.block(nb, kb)));
+}
+
+using PackBlock = void (*)(const PackedMatrix&, int nb, int kb, const uint8_t* codes, int64_t row_bytes);
+constexpr PackBlock pack_block_of(int bits) {
+  return bits == 4 ? pack_block<4> : bits == 5 ? pack_block<5> : bits == 6 ? pack_block<6> : pack_block<8>;
 }
 
 // (rows, groups) elements -> [group][lane]; the lanes of rows that the matrix lacks are zeros.
@@ -68,9 +132,11 @@ void pack_plane(const PackedMatrix& dst, int nb, int p, const uint8_t* from) {
 }  // namespace
 
 void pack_codes(const PackedMatrix& dst, const uint8_t* codes, const uint8_t* const* planes) {
+  const PackBlock pack_block = pack_block_of(info(dst.format).bits);
+  const int64_t row_bytes = source_row_bytes(dst.format, dst.cols);
   parallel_for(dst.row_blocks(), [&](int64_t task, int) {
     const int nb = static_cast<int>(task);
-    for (int kb = 0; kb < dst.col_blocks(); ++kb) pack_block(dst, nb, kb, codes);
+    for (int kb = 0; kb < dst.col_blocks(); ++kb) pack_block(dst, nb, kb, codes, row_bytes);
     for (int p = 0; p < kMaxPlanes && dst.plane(p).lanes > 0; ++p) pack_plane(dst, nb, p, planes[p]);
   });
 }

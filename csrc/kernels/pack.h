@@ -15,9 +15,10 @@ constexpr bool quantises(Format format) {
 bool pack_matrix(const PackedMatrix& dst, const void* weights, bool is_float);
 
 // Codes that are quantised already, as they are.
-//   codes   (rows, cols / 2) for 4 bits, the even column in the low nibble, signed ones as code + 8; (rows, cols) bytes
-//           for 8 bits as the format has them, and for 5 and 6 bits as unsigned codes
+//   codes   row-major, source_row_bytes per row: for 4 bits the even column in the low nibble, signed ones as code + 8;
+//           GGUF's super-blocks of 256 columns as they are
 //   planes  one per plane of the format: row-major (rows, or row blocks where a plane has one lane; groups) elements
+int64_t source_row_bytes(Format format, int cols);
 void pack_codes(const PackedMatrix& dst, const uint8_t* codes, const uint8_t* const* planes);
 
 // The exact weights: out (rows, cols).

@@ -129,7 +129,8 @@ class PackedExperts:
     def pack_codes_(self, index: int, projection: int, codes: Tensor, planes: Sequence[Tensor]) -> None:
         """Pack gate (0), up (1) or down (2) of one expert in place from what is quantised already, without a loss.
 
-        codes: uint8 (N, K), or (N, K / 2) for formats of 4 bits, the even column low and signed codes as code + 8.
+        codes: uint8 (N, K), or (N, K / 2) for formats of 4 bits, the even column low and signed codes as code + 8, or
+        GGUF's super-blocks (N, K / 256 * bytes).
         planes: the format's scale planes (csrc/kernels/pack.h) as uint8. Raises ValueError on a wrong dtype or shape.
         """
         with _named(projection, index):

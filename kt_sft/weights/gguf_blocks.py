@@ -126,22 +126,14 @@ def _affine(blocks: Tensor, codes: Tensor) -> Tensor:
     return d * codes.float() - m
 
 
-def q4_k_parts(blocks: Tensor) -> tuple[Tensor, list[Tensor]]:
-    """Codes (n, 256) below 16, and d, dmin (n, 2 bytes of fp16), scales and minima (n, 8), all uint8."""
-    codes = _shifted(blocks[:, 16:], 32, 4).flatten(1)
-    return codes, [blocks[:, 0:2], blocks[:, 2:4], *_six_bit_pairs(blocks[:, 4:16])]
+def affine_scales(blocks: Tensor) -> list[Tensor]:
+    """Of q4_k and q5_k: d, dmin (n, 2 bytes of fp16), scales and minima (n, 8), all uint8."""
+    return [blocks[:, 0:2], blocks[:, 2:4], *_six_bit_pairs(blocks[:, 4:16])]
 
 
-def q5_k_parts(blocks: Tensor) -> tuple[Tensor, list[Tensor]]:
-    """Codes (n, 256) below 32, the rest as of q4_k."""
-    codes = _shifted(blocks[:, 48:], 32, 4).flatten(1) | (_shifted(blocks[:, 16:48], 32, 1).flatten(1) << 4)
-    return codes, [blocks[:, 0:2], blocks[:, 2:4], *_six_bit_pairs(blocks[:, 4:16])]
-
-
-def q6_k_parts(blocks: Tensor) -> tuple[Tensor, list[Tensor]]:
-    """Codes + 32 (n, 256) below 64, and d (n, 2 bytes of fp16), scales (n, 16) of int8 as uint8."""
-    low = _shifted(blocks[:, :128], 64, 4).flatten(1)
-    return low | (_shifted(blocks[:, 128:192], 32, 2).flatten(1) << 4), [blocks[:, 208:210], blocks[:, 192:208]]
+def q6_k_scales(blocks: Tensor) -> list[Tensor]:
+    """d (n, 2 bytes of fp16), scales (n, 16) of int8, as uint8."""
+    return [blocks[:, 208:210], blocks[:, 192:208]]
 
 
 def _six_bit_pairs(packed: Tensor) -> tuple[Tensor, Tensor]:

@@ -14,14 +14,14 @@ from ..config import KtConfig
 from ..ops.layout import QUANTISED, Layout, MatrixFormat, resolve_group_size
 from ..ops.packed import PackedExperts
 from .formats import ExpertWeights
-from .gguf_blocks import BLOCKS, q4_k_parts, q5_k_parts, q6_k_parts
-from .quantized import QuantizedWeight, pack_nibbles
+from .gguf_blocks import BLOCKS, affine_scales, q6_k_scales
+from .quantized import QuantizedWeight
 
 _BLOCK = 32  # rows and columns of a packed block
-_PARTS: dict[str, Callable[[Tensor], tuple[Tensor, list[Tensor]]]] = {
-    "q4_k": q4_k_parts,
-    "q5_k": q5_k_parts,
-    "q6_k": q6_k_parts,
+_SUPER_SCALES: dict[str, Callable[[Tensor], list[Tensor]]] = {
+    "q4_k": affine_scales,
+    "q5_k": affine_scales,
+    "q6_k": q6_k_scales,
 }
 # (kind, scale dtype, with zero points) of a scale per row and group -> format
 _BY_GROUP = {
@@ -39,7 +39,7 @@ _BY_GROUP = {
 def format_of(weight: QuantizedWeight) -> MatrixFormat | None:
     """The packed format that holds the codes and scales bit for bit; None if there is none."""
     (rows, columns), (height, width) = weight.shape, weight.block
-    if weight.kind in _PARTS:
+    if weight.kind in _SUPER_SCALES:
         return MatrixFormat(weight.kind, 0)
     if weight.scales is None or weight.column_groups is not None or columns % 2:
         return None
@@ -103,22 +103,15 @@ def pack(packed: PackedExperts, index: int, projection: int, weight: Tensor | Qu
     expected, found = packed.layout[projection], format_of(weight)
     if found != expected:
         raise ValueError(f"expected every expert of the layer stored as {expected}, got {found or weight.kind}")
-    codes, planes = _codes(weight), _planes(weight)
-    packed.pack_codes_(index, projection, codes, planes)
-
-
-def _codes(weight: QuantizedWeight) -> Tensor:
-    if weight.kind not in _PARTS:
-        return weight.codes.view(torch.uint8)
-    codes = _PARTS[weight.kind](_blocks(weight))[0].view(weight.shape)
-    return pack_nibbles(codes) if weight.kind == "q4_k" else codes
+    packed.pack_codes_(index, projection, weight.codes.view(torch.uint8), _planes(weight))
 
 
 def _planes(weight: QuantizedWeight) -> list[Tensor]:
     rows = weight.shape[0]
-    if weight.kind in _PARTS:
+    if weight.kind in _SUPER_SCALES:
         _require_finite(BLOCKS[weight.kind].factors(weight.codes))
-        return [plane.reshape(rows, -1) for plane in _PARTS[weight.kind](_blocks(weight))[1]]
+        blocks = weight.codes.reshape(-1, BLOCKS[weight.kind].nbytes)
+        return [plane.reshape(rows, -1) for plane in _SUPER_SCALES[weight.kind](blocks)]
     assert weight.scales is not None
     values = weight.scale_values()
     _require_finite(values)
@@ -128,10 +121,6 @@ def _planes(weight: QuantizedWeight) -> list[Tensor]:
             values = values.repeat_interleave(max(1, -(-height // _BLOCK)), 0)[: -(-rows // _BLOCK)]
         return [_bytes(values)]
     return [_bytes(weight.scales), *([] if weight.zeros is None else [weight.zeros])]
-
-
-def _blocks(weight: QuantizedWeight) -> Tensor:
-    return weight.codes.reshape(-1, BLOCKS[weight.kind].nbytes)
 
 
 def _bytes(scales: Tensor) -> Tensor:

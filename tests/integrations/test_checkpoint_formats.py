@@ -1,4 +1,7 @@
-"""llamafactory-cli train on quantised checkpoints: step for step the run on the dequantised weights."""
+"""llamafactory-cli train on quantised checkpoints, kept as they are: the losses of a run on the dequantised weights.
+
+Not bit for bit: few rows are multiplied with the exact values, and those of the twin are rounded to bf16.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +32,8 @@ def jobs(workspace):
 
     def add(kind: str, path: Any, layers: Any, **run: Any) -> None:
         twin = published.with_experts(base, folder / f"{kind}_twin", published.dequantised(path, layers, SIZES))
-        runs.update({kind: run, f"{kind}_twin": {"model_name_or_path": str(twin)}})
+        bf16 = {"kt_expert_weight_format": "bf16"}
+        runs.update({kind: run, f"{kind}_twin": {"model_name_or_path": str(twin), "kt_config": bf16}})
 
     for kind, make in KINDS.items():
         made = make(weights)
@@ -38,7 +42,7 @@ def jobs(workspace):
         add(kind, path, made.layers, model_name_or_path=str(path))
     file = published.write_gguf(folder / "experts.gguf", weights, "Q8_0")
     add("gguf", file, published.gguf_layers(weights), kt_expert_checkpoint_path=str(file))
-    common = {"kt_config": {"kt_expert_weight_format": "bf16"}, "max_steps": 2, "save_steps": 2}
+    common = {"max_steps": 2, "save_steps": 2}
     workspace.drive(
         *({"verb": "train", "args": workspace.training(f"run_{n}", **common, **r)} for n, r in runs.items())
     )
@@ -47,11 +51,13 @@ def jobs(workspace):
 
 @pytest.mark.parametrize("kind", [*KINDS, "gguf"])
 def test_trains_as_its_dequantised_twin(jobs, kind):
-    assert jobs.losses(f"run_{kind}") == jobs.losses(f"run_{kind}_twin")
-    assert sorted(jobs.losses(f"run_{kind}")) == [1, 2]
+    losses, twin_losses = jobs.losses(f"run_{kind}"), jobs.losses(f"run_{kind}_twin")
+    assert sorted(losses) == [1, 2] and losses == pytest.approx(twin_losses, rel=1e-3)
     ours, twins = jobs.adapter(f"run_{kind}"), jobs.adapter(f"run_{kind}_twin")
     assert any(".experts." in name for name in ours) and ours.keys() == twins.keys()
-    assert all(torch.equal(ours[name], twins[name]) for name in ours)
+    moved = torch.cat([ours[name].float().flatten() for name in ours])
+    expected = torch.cat([twins[name].float().flatten() for name in ours])
+    assert (moved - expected).norm() < 2e-2 * expected.norm()
 
 
 def test_the_formats_differ(jobs):

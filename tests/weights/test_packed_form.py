@@ -26,7 +26,8 @@ def _scales(shape, dtype):
 
 def _simple(kind, dtype, block, zeros=False):
     def make(rows, columns):
-        grid = (-(-rows // block[0]), -(-columns // block[1])) if block != "channel" else (rows, 1)
+        height, width = {"channel": (1, columns), "tensor": (rows, columns)}.get(block, block)
+        grid = (-(-rows // height), -(-columns // width))
         if kind == "fp8_e4m3":
             codes = torch.randint(0, 256, (rows, columns), dtype=torch.uint8)
             codes[(codes & 0x7F) == 0x7F] = 1  # NaN -> the smallest subnormal
@@ -39,7 +40,7 @@ def _simple(kind, dtype, block, zeros=False):
             shape=(rows, columns),
             codes=codes,
             scales=_scales(grid, dtype),
-            block=(1, columns) if block == "channel" else block,
+            block=(height, width),
             zeros=torch.randint(0, 16, grid, dtype=torch.uint8) if zeros else None,
         )
 
@@ -63,7 +64,7 @@ MAKERS = {
     "fp8": _simple("fp8_e4m3", torch.float32, (128, 128)),
     "fp8 bf16 scales": _simple("fp8_e4m3", torch.bfloat16, (128, 128)),
     "fp8 ue8m0": _simple("fp8_e4m3", torch.uint8, (32, 64)),
-    "fp8 per tensor": _simple("fp8_e4m3", torch.float32, (1 << 20, 1 << 20)),
+    "fp8 per tensor": _simple("fp8_e4m3", torch.float32, "tensor"),
     "fp8_channel": _simple("fp8_e4m3", torch.bfloat16, "channel"),
     "mxfp4": _simple("e2m1", torch.uint8, (1, 32)),
     "uint4": _simple("int4", torch.bfloat16, (1, 64), zeros=True),
