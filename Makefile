@@ -60,6 +60,21 @@ sanitize: setup  ## kernel tests (AVX2) and thread pool under Address-, Undefine
 	@$(PYTEST) tests/sanitize
 .PHONY: sanitize
 
+# With a .venv: its extension. Without: kt_sft/_C*.so, built by $(PYTHON) with the packages that it has, no network.
+GPU_RUN := $(if $(wildcard $(RUN)),$(RUN),$(PYTHON))
+test-gpu: $(if $(wildcard $(RUN)),setup,build-in-place)  ## tests of the CUDA paths; builds with what is installed
+	@$(GPU_RUN) -m pytest -q tests/gpu
+
+IN_PLACE := build/in_place
+build-in-place:
+	@mkdir -p build
+	@export PATH="$$($(PYTHON) -c 'import os, sys; print(os.path.dirname(sys.executable))'):$$PATH"; \
+	  (cmake -S . -B $(IN_PLACE) -G Ninja -DCMAKE_BUILD_TYPE=Release \
+	    -DPython_EXECUTABLE="$$($(PYTHON) -c 'import sys; print(sys.executable)')" \
+	    -Dpybind11_DIR="$$($(PYTHON) -m pybind11 --cmakedir)" && cmake --build $(IN_PLACE) && \
+	  cmake --install $(IN_PLACE) --prefix .) >$(IN_PLACE).log 2>&1 || (cat $(IN_PLACE).log; exit 1)
+.PHONY: test-gpu build-in-place
+
 bench: setup  ## one MoE layer beside the limits of this machine and its peers
 	@$(RUN) -m benchmarks
 
@@ -68,4 +83,4 @@ build: setup  ## wheel in dist/
 	@ls dist/*.whl
 
 clean:  ## remove build results (keeps .venv and downloads)
-	@rm -rf build dist demo_output .pytest_cache .mypy_cache .ruff_cache
+	@rm -rf kt_sft/_C.*.so build dist demo_output .pytest_cache .mypy_cache .ruff_cache

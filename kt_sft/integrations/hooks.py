@@ -34,6 +34,7 @@ PATCHES: dict[str, tuple[str, str]] = {
     "llamafactory.train.tuner": ("kt_sft.integrations.llamafactory", "patch_tuner"),
     "accelerate.commands.config.config_args": ("kt_sft.integrations.accelerate", "patch_config_args"),
     "accelerate.utils.fsdp_utils": ("kt_sft.integrations.accelerate", "patch_fsdp_utils"),
+    "transformers.trainer": ("kt_sft.integrations.resume", "patch_trainer"),
 }
 
 _failures: dict[str, Exception] = {}
