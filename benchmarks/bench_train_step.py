@@ -212,9 +212,9 @@ def main() -> None:
     seconds = statistics.median(row["step"] for row in rows) / 1e3
     console.print(
         f"{args.tokens / seconds:.0f} tok/s ({args.tokens} tokens a step in sequences of {args.sequence}); "
-        f"{LAYERS} layers at this pace: {args.tokens * args.layers / LAYERS / seconds:.0f} tok/s. {machine.cpu_name()}, "
-        f"{native.isa()}, {native.num_threads()} threads; {args.format}, LoRA rank {args.rank}, {args.policy}"
-        f"{', checkpointing' if args.checkpointing else ''}; other processes took {others.cores:.1f} cores"
+        f"{LAYERS} layers at this pace: {args.tokens * args.layers / LAYERS / seconds:.0f} tok/s. "
+        f"{machine.cpu_name()}, {native.isa()}, {native.num_threads()} threads; "
+        f"{args.format}, LoRA rank {args.rank}, {args.policy}{', checkpointing' if args.checkpointing else ''}; other processes took {others.cores:.1f} cores"
     )
     if args.device == "cuda":
         spent = ", ".join(f"{what} {ms:.0f} ms" for what, ms in on_the_device(step).items())
