@@ -210,11 +210,13 @@ def main() -> None:
             rows = measure(step, args.repeats)
     console.print(table(rows, args))
     seconds = statistics.median(row["step"] for row in rows) / 1e3
+    rate = args.tokens / seconds
     console.print(
-        f"{args.tokens / seconds:.0f} tok/s ({args.tokens} tokens a step in sequences of {args.sequence}); "
-        f"{LAYERS} layers at this pace: {args.tokens * args.layers / LAYERS / seconds:.0f} tok/s. "
+        f"{rate:.0f} tok/s: {args.tokens} tokens a step in sequences of {args.sequence}, {args.format} experts, "
+        f"LoRA rank {args.rank}, {args.policy}{', checkpointing' if args.checkpointing else ''}; "
+        f"{LAYERS} layers at this pace: {rate * args.layers / LAYERS:.1f} tok/s\n"
         f"{machine.cpu_name()}, {native.isa()}, {native.num_threads()} threads; "
-        f"{args.format}, LoRA rank {args.rank}, {args.policy}{', checkpointing' if args.checkpointing else ''}; other processes took {others.cores:.1f} cores"
+        f"other processes took {others.cores:.1f} cores"
     )
     if args.device == "cuda":
         spent = ", ".join(f"{what} {ms:.0f} ms" for what, ms in on_the_device(step).items())

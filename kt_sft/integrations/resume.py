@@ -7,8 +7,8 @@ Stock Trainer writes whole tensors beside the adapter's file, under names that o
 
 Here each kind reads the other's, with any number of ranks. A parameter's number counts through the optimizer's groups,
 which the Trainer forms in the same way everywhere. What was divided among the ranks stays with its launcher:
-SHARDED_STATE_DICT is read by FSDP2 alone (with any number of ranks), DeepSpeed's checkpoints by DeepSpeed alone; anything
-else is refused. Models without packed experts go through unchanged.
+SHARDED_STATE_DICT is read by FSDP2 alone (with any number of ranks), DeepSpeed's checkpoints by DeepSpeed alone;
+anything else is refused. Models without packed experts go through unchanged.
 """
 
 from __future__ import annotations
