@@ -224,6 +224,8 @@ def _refuse_combinations(model_args: Any, finetuning_args: Any, training_args: A
             "dict that Accelerate shards. Use DDP (torchrun, configs/accelerate/ddp_cpu.yaml) or DeepSpeed ZeRO-2 "
             "(deepspeed: configs/deepspeed/zero2.json)."
         )
+    if _fsdp(training_args):
+        _keep_state_dicts_whole()
     if model_args.moe_aux_loss_coef:
         _refuse_ineffective_router_loss(model_args, finetuning_args, training_args)
 
@@ -254,6 +256,16 @@ def _zero3() -> bool:
 def _fsdp(training_args: Any) -> bool:
     by_launcher = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() in ("true", "1")
     return by_launcher or bool(training_args.fsdp)
+
+
+def _keep_state_dicts_whole() -> None:
+    """Accelerate divides FSDP2's state dicts unless told otherwise (its own launcher tells it)."""
+    kind = os.environ.setdefault("FSDP_STATE_DICT_TYPE", "FULL_STATE_DICT")
+    if kind.upper() not in ("FULL_STATE_DICT", "1"):
+        raise ValueError(
+            f"fsdp_state_dict_type: {kind} cannot be used with {SWITCH}: the Trainer then writes no adapter, and an "
+            "optimizer that Accelerate does not read again. Use fsdp_state_dict_type: FULL_STATE_DICT."
+        )
 
 
 def _fsdp1(training_args: Any) -> bool:

@@ -6,9 +6,8 @@ Stock Trainer writes whole tensors beside the adapter's file, under names that o
     FSDP2, FULL_STATE_DICT   optimizer.bin, a parameter's state under its name; pytorch_model_fsdp.bin
 
 Here each kind reads the other's, with any number of ranks. A parameter's number counts through the optimizer's groups,
-which the Trainer forms in the same way everywhere. What was divided among the ranks stays with its launcher:
-SHARDED_STATE_DICT is read by FSDP2 alone (with any number of ranks), DeepSpeed's checkpoints by DeepSpeed alone;
-anything else is refused. Models without packed experts go through unchanged.
+which the Trainer forms in the same way everywhere. DeepSpeed divides the optimizer's state among its ranks: its
+checkpoints are refused elsewhere. Models without packed experts go through unchanged.
 """
 
 from __future__ import annotations
@@ -35,7 +34,7 @@ def patch_trainer(module: Any) -> None:
 
 
 def written_by_another(trainer: Any, checkpoint: str | None) -> str | None:
-    """ "fsdp" or "plain" where the run is of the other kind, else None.
+    """Return "fsdp" or "plain", what the checkpoint is, where the run is of the other kind; else None.
 
     Raises:
         ValueError: a checkpoint that only the launcher that wrote it can read.
@@ -53,9 +52,9 @@ def written_by_another(trainer: Any, checkpoint: str | None) -> str | None:
             "ranks; resume with DeepSpeed and the same number of ranks, or give the folder as adapter_name_or_path "
             "(the adapter continues, the optimizer starts anew)"
         )
-    if not trainer.is_fsdp_enabled:
-        return "fsdp" if (folder / WEIGHTS).exists() and (folder / BY_NAME).exists() else None
-    return "plain" if (folder / BY_NUMBER).exists() else None
+    if trainer.is_fsdp_enabled:
+        return None if any(folder.glob("pytorch_model_fsdp*")) else "plain"
+    return "fsdp" if (folder / WEIGHTS).exists() else None
 
 
 def _loading_adapter_before_sharding(stock: Callable, load: Callable) -> Callable:
@@ -97,8 +96,8 @@ def _without(checkpoint: str, name: str) -> Iterator[str]:
 def _loading_optimizer(stock: Callable) -> Callable:
     @functools.wraps(stock)
     def load(self: Any, checkpoint: str | None) -> None:
-        written = written_by_another(self, checkpoint)
-        if checkpoint is None or written is None:
+        file = {"fsdp": BY_NAME, "plain": BY_NUMBER, None: None}[written_by_another(self, checkpoint)]
+        if checkpoint is None or file is None or not (Path(checkpoint) / file).exists():
             stock(self, checkpoint)
             return
         import torch
@@ -107,10 +106,10 @@ def _loading_optimizer(stock: Callable) -> Callable:
             return torch.load(Path(checkpoint) / name, map_location="cpu", weights_only=True, mmap=True)
 
         names = names_by_group(self.model, self.optimizer)
-        if written == "fsdp":
-            self.optimizer.load_state_dict(by_number(read(BY_NAME), names))
+        if file == BY_NAME:
+            self.optimizer.load_state_dict(by_number(read(file), names))
         else:
-            _set_sharded(self.model, self.optimizer, by_name(read(BY_NUMBER), names))
+            _set_sharded(self.model, self.optimizer, by_name(read(file), names))
         self.lr_scheduler.load_state_dict(read(SCHEDULER))
 
     return load

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from types import SimpleNamespace
 
 import pytest
@@ -194,6 +195,7 @@ def test_zero3(monkeypatch):
 def test_fsdp1(monkeypatch, version, refused):
     by_trainer = arguments("training", fsdp=["full_shard"], fsdp_config={"version": int(version)})
     monkeypatch.setenv("FSDP_VERSION", version)
+    monkeypatch.setenv("FSDP_STATE_DICT_TYPE", "FULL_STATE_DICT")
     for given in (by_trainer, arguments()):
         if refused:
             with pytest.raises(ValueError, match="fsdp_version: 2"):
@@ -201,3 +203,15 @@ def test_fsdp1(monkeypatch, version, refused):
         else:
             refuse_unsupported(*given)
         monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+
+
+def test_divided_state_dicts(monkeypatch):
+    """Refused where they are asked for; never a default."""
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    monkeypatch.setenv("FSDP_VERSION", "2")
+    monkeypatch.setenv("FSDP_STATE_DICT_TYPE", "SHARDED_STATE_DICT")
+    with pytest.raises(ValueError, match=r"SHARDED_STATE_DICT .* writes no adapter.* Use fsdp_state_dict_type: FULL"):
+        refuse_unsupported(*arguments())
+    monkeypatch.delenv("FSDP_STATE_DICT_TYPE")
+    refuse_unsupported(*arguments())
+    assert os.environ["FSDP_STATE_DICT_TYPE"] == "FULL_STATE_DICT"

@@ -90,6 +90,8 @@ def experts() -> nn.Module:
         (["optimizer.pt"], True, "plain"),
         (["optimizer.bin", "pytorch_model_fsdp.bin"], True, None),
         (["optimizer.bin", "pytorch_model_fsdp.bin"], False, "fsdp"),
+        (["adapter_model.safetensors"], True, "plain"),  # save_only_model
+        (["pytorch_model_fsdp_0/x"], True, None),
         (["pytorch_model_fsdp_0/x"], False, None),  # SHARDED_STATE_DICT: stock refuses it
     ],
 )
