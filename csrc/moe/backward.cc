@@ -199,7 +199,8 @@ struct Backward {
     }
   }
 
-  // grad (R, width) += small^T big, or its transpose into (width, R), for columns [c0, c0 + nc) of one segment.
+  // grad (R, width) = small^T big, or its transpose in (width, R), for columns [c0, c0 + nc) of one segment; added to
+  // what the expert's earlier segments left.
   struct FactorGradient {
     void* small;  // left tiles of small^T
     int rank;
@@ -208,7 +209,11 @@ struct Backward {
     float* grad;
     bool transposed;
   };
+  static void put(const float* from, int64_t stride, int n, bool first, float* to) {
+    for (int i = 0; i < n; ++i) to[i] = (first ? 0.0f : to[i]) + from[i * stride];
+  }
   void factor_gradient(const Segment& s, const FactorGradient& g, int c0, int nc, const Plan::ThreadBuffers& b) const {
+    const bool first = &s == plan.segments || (&s)[-1].expert != s.expert;
     for (int r0 = 0; r0 < g.rank; r0 += kMaxRows) {
       const int ranks = std::min(kMaxRows, g.rank - r0);
       const GemmTerm term{plan.tile(g.small, r0 / kTileRows, ceil_div(s.rows, kTileSteps)), s.rows, nullptr, &g.big};
@@ -216,10 +221,9 @@ struct Backward {
       const float* product = b.rows[0];
       if (g.transposed) {
         for (int c = 0; c < nc; ++c)
-          for (int r = 0; r < ranks; ++r) g.grad[int64_t{c0 + c} * g.rank + r0 + r] += product[r * nc + c];
+          put(product + c, nc, ranks, first, g.grad + int64_t{c0 + c} * g.rank + r0);
       } else {
-        for (int r = 0; r < ranks; ++r)
-          for (int c = 0; c < nc; ++c) g.grad[int64_t{r0 + r} * g.width + c0 + c] += product[r * nc + c];
+        for (int r = 0; r < ranks; ++r) put(product + r * nc, 1, nc, first, g.grad + int64_t{r0 + r} * g.width + c0);
       }
     }
   }
@@ -257,6 +261,18 @@ struct Backward {
         });
       }
     }
+  }
+
+  // Gradients of the experts without rows.
+  void clear_idle_factors() const {
+    parallel_for(int64_t{plan.weights.num_experts} * 3, [&](int64_t task, int) {
+      const LoraFactors& f = factors(static_cast<int>(task % 3));
+      const int64_t expert = task / 3, a_width = task % 3 == kDown ? intermediate() : hidden();
+      const int64_t a_size = f.rank * a_width, b_size = int64_t{f.rank} * (hidden() + intermediate()) - a_size;
+      if (plan.counts[expert] > 0) return;
+      std::fill_n(f.grad_a + expert * a_size, a_size, 0.0f);
+      std::fill_n(f.grad_b + expert * b_size, b_size, 0.0f);
+    });
   }
 
   void lora_products(const Wave& wave) const {
@@ -325,6 +341,7 @@ struct Backward {
     std::fill_n(grads.grad_x, count, 0.0f);
     std::fill_n(grads.grad_weights, plan.call.tokens * plan.call.top_k, 0.0f);
     if (plan.call.lora.x != nullptr) std::fill_n(grads.grad_lora_x, count, 0.0f);
+    if (lora) clear_idle_factors();
     for (int i = 0; i < plan.num_waves; ++i) run_wave(plan.waves[i]);
   }
 };

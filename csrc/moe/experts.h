@@ -42,7 +42,7 @@ struct LoraFactors {
   const void* a = nullptr;
   const void* b = nullptr;
   bool a_float = false, b_float = false;
-  float* grad_a = nullptr;  // fp32, shaped like a and b, added to; null in forward
+  float* grad_a = nullptr;  // fp32, shaped like a and b, overwritten; null in forward
   float* grad_b = nullptr;
 };
 

@@ -58,7 +58,7 @@ class LocalKernels:
         self, inputs: Inputs, kept: Kept, grad_out: Tensor
     ) -> tuple[Tensor, Tensor, Tensor | None, dict[str, Tensor]]:
         packed, x, ids, weights, lora, int8 = inputs
-        grads = {name: memory.zeros(lora[name].shape, torch.float32) for name in factor_names(lora)}
+        grads = {name: memory.recycled(lora[name].shape, torch.float32) for name in factor_names(lora)}
         grad_x, grad_weights = memory.empty(x.shape, torch.float32), memory.empty(weights.shape, torch.float32)
         grad_x_lora = memory.empty(x.shape, torch.float32) if "x" in lora else None
         arguments = {**lora, **{f"grad_{name}": grad for name, grad in grads.items()}}
