@@ -104,6 +104,20 @@ inline void convert(uint16_t from, float& to) { to = float_of(uint32_t{from} << 
 inline void convert(float from, uint16_t& to) { to = to_bf16(from); }
 inline void convert(float from, float& to) { to = float_of(uint32_t{to_bf16(from)} << 16); }
 
+// Whole rows, a register at a time; Cols is 16 or 32.
+template <int Cols>
+inline void copy_row(const uint16_t* from, uint16_t* to) {
+  __builtin_memcpy(to, from, Cols * sizeof *to);
+}
+template <int Cols>
+inline void copy_row(const uint16_t* from, float* to) {
+  for (int b = 0; b < Cols; ++b) convert(from[b], to[b]);
+}
+template <int Cols>
+inline void copy_row(const float* from, Ops::Elem* to) {
+  for (int b = 0; b < Cols; b += 16) Ops::store_left(to + b, Vec::load(from + b));
+}
+
 // dst[a][b], a < Rows, b < Cols: element (a0 + a, b0 + b) of a matrix whose b runs contiguously; zeros outside na, nb.
 template <int Rows, int Cols, class Src>
 inline void copy_in(const Src* base, int64_t stride, const int32_t* index, int a0, int na, int b0, int nb,
@@ -116,7 +130,7 @@ inline void copy_in(const Src* base, int64_t stride, const int32_t* index, int a
     }
     const Src* src = base + int64_t{index ? index[a0 + a] : a0 + a} * stride + b0;
     if (nb >= Cols) {
-      for (int b = 0; b < Cols; ++b) convert(src[b], row[b]);
+      copy_row<Cols>(src, row);
     } else {
       for (int b = 0; b < nb; ++b) convert(src[b], row[b]);
       for (int b = nb; b < Cols; ++b) row[b] = 0;
@@ -169,6 +183,21 @@ inline void left_from_columns(const Ops::Elem* columns, Ops::Elem* tile) {
   }
 }
 
+// A whole right tile of a bf16 matrix whose c runs contiguously. Rows may lie anywhere: what the next tile to the right
+// reads is on its way meanwhile.
+template <class Elem>
+inline void right_from_source(const PackArgs& p, int c, int q, Elem* tile) {
+  const auto row = [&](int i) {
+    return static_cast<const uint16_t*>(p.view.base) + int64_t{p.view.qidx ? p.view.qidx[q + i] : q + i} * p.view.qs +
+           c;
+  };
+  for (int i = 0; i < kPairs; ++i) {
+    const uint16_t *even = row(2 * i), *odd = row(2 * i + 1);
+    __builtin_prefetch(even + kBlock), __builtin_prefetch(odd + kBlock);
+    interleave16(even, odd, tile + i * kBlock);
+  }
+}
+
 inline void pack_tile(const PackArgs& p, int c, int q, Ops::Elem* tile) {
   const int nc = min_int(kTileRows, p.nc - c), nq = min_int(kTileSteps, p.nq - q);
   alignas(64) Ops::Elem buffer[kTileElems];
@@ -177,6 +206,10 @@ inline void pack_tile(const PackArgs& p, int c, int q, Ops::Elem* tile) {
     copy_any<kTileRows, kTileSteps>(p.view, p.view.cs, p.view.cidx, p.c0 + c, nc, p.q0 + q, nq, rows);
     if (p.side == Side::right) right_from_rows(buffer, tile);
     return;
+  }
+  if constexpr (sizeof(Ops::Elem) == 2) {
+    const bool whole = nc == kTileRows && nq == kTileSteps;
+    if (whole && !p.view.is_float && p.side == Side::right) return right_from_source(p, p.c0 + c, p.q0 + q, tile);
   }
   copy_any<kTileSteps, kTileRows>(p.view, p.view.qs, p.view.qidx, p.q0 + q, nq, p.c0 + c, nc, buffer);
   if (p.side == Side::right) {
@@ -238,22 +271,34 @@ inline void load_panel(const GemmArgs& g, const GemmTerm& term, int strip, int q
   pack_tiles({weight_side, *term.dense, c, nc, q, nq, panel, kPanelTiles});
 }
 
-// Accumulator tiles -> rows of out.
+inline void emit_tile(const float* tile, int rows, int cols, float* out, int64_t ldo) {
+  if (cols == kTileRows) {
+    for (int r = 0; r < rows; ++r) __builtin_memcpy(out + r * ldo, tile + r * 16, 16 * sizeof(float));
+  } else {
+    for (int r = 0; r < rows; ++r) __builtin_memcpy(out + r * ldo, tile + r * 16, cols * sizeof(float));
+  }
+}
+
+// Accumulator tiles -> rows of out. Of left activations they are [m][c], of right ones [c][m].
 inline void emit(const GemmArgs& g, const float* c) {
   const int m_tiles = (g.m + kTileRows - 1) / kTileRows;
   alignas(64) float turned[256];
   for (int w = 0; w * kTileRows < g.nc; ++w) {
     const int cols = min_int(kTileRows, g.nc - w * kTileRows);
     for (int i = 0; i < m_tiles; ++i) {
+      const int rows = min_int(kTileRows, g.m - i * kTileRows);
       const float* tile = c + ((int64_t{w / kStripTiles} * m_tiles + i) * kStripTiles + w % kStripTiles) * 256;
-      if (g.side == Side::right) {
-        const uint32_t* rows[16];
-        for (int r = 0; r < 16; ++r) rows[r] = reinterpret_cast<const uint32_t*>(tile) + r * 16;
-        transpose16(rows, reinterpret_cast<uint32_t*>(turned));
+      if ((g.side == Side::right) != g.transposed) {
+        const uint32_t* at[16];
+        for (int r = 0; r < 16; ++r) at[r] = reinterpret_cast<const uint32_t*>(tile) + r * 16;
+        transpose16(at, reinterpret_cast<uint32_t*>(turned));
         tile = turned;
       }
-      for (int r = 0; r < kTileRows && i * kTileRows + r < g.m; ++r)
-        __builtin_memcpy(g.out + (i * kTileRows + r) * g.ldo + w * kTileRows, tile + r * 16, cols * sizeof(float));
+      if (g.transposed) {
+        emit_tile(tile, cols, rows, g.out + w * kTileRows * g.ldo + i * kTileRows, g.ldo);
+      } else {
+        emit_tile(tile, rows, cols, g.out + i * kTileRows * g.ldo + w * kTileRows, g.ldo);
+      }
     }
   }
 }

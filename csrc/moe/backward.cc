@@ -49,8 +49,11 @@ struct Backward {
     for (int p : {kGate, kUp, kDown}) {
       small_b[p] = ws.take<float>(rows * factors(p).rank);
       small_b_tiles[p] = plan.take_tiles(ws, factors(p).rank);
-      for (auto& tiles : turned[p])
-        tiles = ws.take<char>(plan.wave_tile_limit * ceil_div(factors(p).rank, kTileRows) * plan.kernels.tile_bytes);
+      for (bool of_a : {true, false}) {
+        int64_t rows = rank_rows(p);
+        if (of_a && p != kDown) rows = p == kGate ? rank_rows(kGate) + rank_rows(kUp) : 0;
+        turned[p][of_a] = ws.take<char>(plan.wave_tile_limit * rows / kTileRows * plan.kernels.tile_bytes);
+      }
       if (p != kDown && factors(p).rank > 0) dgate_up_rows[p] = ws.take<uint16_t>(rows * F);
     }
     if (factors(kDown).rank == 0) return;
@@ -209,22 +212,45 @@ struct Backward {
     float* grad;
     bool transposed;
   };
-  static void put(const float* from, int64_t stride, int n, bool first, float* to) {
-    for (int i = 0; i < n; ++i) to[i] = (first ? 0.0f : to[i]) + from[i * stride];
-  }
+
   void factor_gradient(const Segment& s, const FactorGradient& g, int c0, int nc, const Plan::ThreadBuffers& b) const {
-    const bool first = &s == plan.segments || (&s)[-1].expert != s.expert;
+    const int64_t ld = g.transposed ? g.rank : g.width;
     for (int r0 = 0; r0 < g.rank; r0 += kMaxRows) {
       const int ranks = std::min(kMaxRows, g.rank - r0);
       const GemmTerm term{plan.tile(g.small, r0 / kTileRows, ceil_div(s.rows, kTileSteps)), s.rows, nullptr, &g.big};
-      plan.kernels.gemm({Side::left, &term, 1, ranks, c0, nc, b.rows[0], nc, b.gemm});
-      const float* product = b.rows[0];
-      if (g.transposed) {
-        for (int c = 0; c < nc; ++c)
-          put(product + c, nc, ranks, first, g.grad + int64_t{c0 + c} * g.rank + r0);
-      } else {
-        for (int r = 0; r < ranks; ++r) put(product + r * nc, 1, nc, first, g.grad + int64_t{r0 + r} * g.width + c0);
+      float* grad = g.grad + (g.transposed ? int64_t{c0} * ld + r0 : r0 * ld + c0);
+      if (starts_expert(s)) {
+        plan.kernels.gemm({Side::left, &term, 1, ranks, c0, nc, grad, ld, b.gemm, g.transposed});
+        continue;
       }
+      const int rows = g.transposed ? nc : ranks, columns = g.transposed ? ranks : nc;
+      plan.kernels.gemm({Side::left, &term, 1, ranks, c0, nc, b.rows[0], columns, b.gemm, g.transposed});
+      add_rows(b.rows[0], rows, columns, grad, ld);
+    }
+  }
+
+  bool starts_expert(const Segment& s) const { return &s == plan.segments || (&s)[-1].expert != s.expert; }
+
+  static void add_rows(const float* from, int rows, int columns, float* to, int64_t ld) {
+    for (int r = 0; r < rows; ++r)
+      for (int c = 0; c < columns; ++c) to[r * ld + c] += from[int64_t{r} * columns + c];
+  }
+
+  // Gradients of a of gate and up at once, where they fit: both multiply X, which has to be packed for it.
+  bool gate_up_together() const {
+    return factors(kGate).rank > 0 && factors(kUp).rank > 0 && rank_rows(kGate) + factors(kUp).rank <= kMaxRows;
+  }
+  void gate_up_gradient(const Segment& s, int c0, int nc, const Plan::ThreadBuffers& b) const {
+    const FactorGradient gate = gradient_of(s, kGate, true);
+    const GemmTerm term{gate.small, s.rows, nullptr, &gate.big};
+    const int rows = static_cast<int>(rank_rows(kGate)) + factors(kUp).rank;
+    plan.kernels.gemm({Side::left, &term, 1, rows, c0, nc, b.rows[0], nc, b.gemm});
+    for (int p : {kGate, kUp}) {
+      const float* from = b.rows[0] + (p == kUp ? rank_rows(kGate) * nc : 0);
+      float* to = gradient_of(s, p, true).grad + c0;
+      for (int r = 0; r < factors(p).rank && starts_expert(s); ++r)
+        std::copy_n(from + r * nc, nc, to + int64_t{r} * gate.width);
+      if (!starts_expert(s)) add_rows(from, factors(p).rank, nc, to, gate.width);
     }
   }
 
@@ -249,18 +275,27 @@ struct Backward {
 
   // One task owns one column block of one factor of one expert, over all segments of that expert in the wave.
   void factor_gradients(const Wave& wave) const {
+    const auto over_segments = [&](int width, auto&& fn) {
+      for_columns(wave, width, [&](const Segment& first, int c0, int nc, const Plan::ThreadBuffers& b) {
+        const Segment* s = &first;
+        if (s > plan.segments + wave.begin && s[-1].expert == s->expert) return;
+        for (; s < plan.segments + wave.end && s->expert == first.expert; ++s) fn(*s, c0, nc, b);
+      });
+    };
     for (int p : {kGate, kUp, kDown}) {
       if (factors(p).rank == 0) continue;
       for (bool of_a : {true, false}) {
-        const int width = of_a == (p == kDown) ? intermediate() : hidden();
-        for_columns(wave, width, [&](const Segment& first, int c0, int nc, const Plan::ThreadBuffers& b) {
-          const Segment* s = &first;
-          if (s > plan.segments + wave.begin && s[-1].expert == s->expert) return;
-          for (; s < plan.segments + wave.end && s->expert == first.expert; ++s)
-            factor_gradient(*s, gradient_of(*s, p, of_a), c0, nc, b);
-        });
+        if (of_a && p != kDown && gate_up_together()) continue;
+        over_segments(of_a == (p == kDown) ? intermediate() : hidden(),
+                      [&](const Segment& s, int c0, int nc, const Plan::ThreadBuffers& b) {
+                        factor_gradient(s, gradient_of(s, p, of_a), c0, nc, b);
+                      });
       }
     }
+    if (!gate_up_together()) return;
+    over_segments(hidden(), [&](const Segment& s, int c0, int nc, const Plan::ThreadBuffers& b) {
+      gate_up_gradient(s, c0, nc, b);
+    });
   }
 
   // Gradients of the experts without rows.
@@ -309,10 +344,15 @@ struct Backward {
     });
   }
 
-  // small^T of a segment as left tiles [R tile][row tile]: as many as its 16-row tiles at most.
+  // small^T of a segment as left tiles [R tile][row tile]: as many as its 16-row tiles at most. For the gradients of a,
+  // those of up follow those of gate.
   void* turned_tiles(const Segment& s, int p, bool of_a) const {
-    return plan.tile(turned[p][of_a], s.tile0, ceil_div(factors(p).rank, kTileRows));
+    const int64_t row_tiles = ceil_div(s.rows, kTileSteps), gate_tiles = rank_rows(kGate) / kTileRows;
+    if (!of_a || p == kDown) return plan.tile(turned[p][of_a], s.tile0, rank_rows(p) / kTileRows);
+    char* gate = plan.tile(turned[kGate][true], s.tile0, gate_tiles + rank_rows(kUp) / kTileRows);
+    return p == kGate ? gate : plan.tile(gate, gate_tiles, row_tiles);
   }
+  int64_t rank_rows(int p) const { return round_up(factors(p).rank, kTileRows); }
 
   void run_wave(const Wave& wave) const {
     const int D = hidden();
