@@ -118,6 +118,13 @@ inline void copy_row(const float* from, Ops::Elem* to) {
   for (int b = 0; b < Cols; b += 16) Ops::store_left(to + b, Vec::load(from + b));
 }
 
+// What the loops read next is on its way meanwhile: reduction steps four tiles ahead, columns of the next strip.
+template <int Rows, int Cols, class Src>
+inline void prefetch_ahead(const Src* src) {
+  constexpr int kAhead = Rows == kTileRows ? 4 * kTileSteps : kBlock;
+  for (int i = 0; i < Cols; i += 64 / static_cast<int>(sizeof(Src))) __builtin_prefetch(src + kAhead + i);
+}
+
 // dst[a][b], a < Rows, b < Cols: element (a0 + a, b0 + b) of a matrix whose b runs contiguously; zeros outside na, nb.
 template <int Rows, int Cols, class Src>
 inline void copy_in(const Src* base, int64_t stride, const int32_t* index, int a0, int na, int b0, int nb,
@@ -130,6 +137,7 @@ inline void copy_in(const Src* base, int64_t stride, const int32_t* index, int a
     }
     const Src* src = base + int64_t{index ? index[a0 + a] : a0 + a} * stride + b0;
     if (nb >= Cols) {
+      prefetch_ahead<Rows, Cols>(src);
       copy_row<Cols>(src, row);
     } else {
       for (int b = 0; b < nb; ++b) convert(src[b], row[b]);
