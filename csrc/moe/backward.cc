@@ -1,5 +1,6 @@
 #include <algorithm>
 
+#include "common/bf16.h"
 #include "common/thread_pool.h"
 #include "moe/plan.h"
 
@@ -9,20 +10,24 @@ namespace {
 struct Backward {
   Plan plan;
   const LayerGrads& grads;
-  const bool recompute, lora;
+  const bool recompute, lora, saved;  // saved: forward left s X A^T
   GateUpBuffers gate_up;
   uint16_t *gate = nullptr, *up = nullptr;  // (wave rows, F) bf16, when recomputing
   void* dout = nullptr;                     // right tiles (rows, D)
   void* dgate_up[2] = {};                   // right tiles (rows, F): dG and dU
   float* dw_parts = nullptr;                // (wave rows, F / 32)
   // Only with LoRA; "small" is (wave rows, R) fp32, "rows" is (wave rows, F) bf16.
-  float *small_b[3] = {}, *small_ha = nullptr;  // s dLin B per projection (times w for down), s w H A^T
+  float *small_a[3] = {}, *small_b[3] = {};  // s X A^T, s dLin B per projection; those of down times w
   void *small_b_tiles[3] = {}, *h_tiles = nullptr;
   void* turned[3][2] = {};  // small^T per projection, for the gradients of b and of a
   uint16_t *dgate_up_rows[2] = {}, *h_rows = nullptr;
 
   Backward(const ExpertWeights& weights, const LayerCall& call, const LayerGrads& grads)
-      : plan(weights, call), grads(grads), recompute(call.gate == nullptr), lora(call.lora.any()) {}
+      : plan(weights, call),
+        grads(grads),
+        recompute(call.gate == nullptr),
+        lora(call.lora.any()),
+        saved(call.low_rank != nullptr && !recompute) {}
 
   const LoraFactors& factors(int projection) const { return plan.call.lora.factors[projection]; }
   int hidden() const { return plan.weights.hidden; }
@@ -43,10 +48,12 @@ struct Backward {
     dout = plan.take_tiles(ws, D);
     for (auto& tiles : dgate_up) tiles = plan.take_tiles(ws, F);
     dw_parts = ws.take<float>(rows * ceil_div(F, kBlock));
-    if (recompute || lora) gate_up.take(plan, ws);
+    if (recompute || (lora && !saved)) gate_up.take(plan, ws);
     if (recompute) gate = ws.take<uint16_t>(rows * F), up = ws.take<uint16_t>(rows * F);
     if (!lora) return;
     for (int p : {kGate, kUp, kDown}) {
+      const bool own = p == kDown || saved;
+      small_a[p] = own ? ws.take<float>(rows * factors(p).rank) : gate_up.xa[p];
       small_b[p] = ws.take<float>(rows * factors(p).rank);
       small_b_tiles[p] = plan.take_tiles(ws, factors(p).rank);
       for (bool of_a : {true, false}) {
@@ -57,7 +64,6 @@ struct Backward {
       if (p != kDown && factors(p).rank > 0) dgate_up_rows[p] = ws.take<uint16_t>(rows * F);
     }
     if (factors(kDown).rank == 0) return;
-    small_ha = ws.take<float>(rows * factors(kDown).rank);
     h_tiles = plan.take_tiles(ws, F);
     h_rows = ws.take<uint16_t>(rows * F);
   }
@@ -310,9 +316,21 @@ struct Backward {
     });
   }
 
+  void load_low_rank(const Segment& s) const {
+    const int ld = plan.call.lora.input_rank();
+    for (int p : {kGate, kUp}) {
+      const int rank = factors(p).rank;
+      float* to = small_a[p] + wave_row(s) * rank;
+      const uint16_t* from = plan.call.low_rank + int64_t{s.row0} * ld + (p == kUp ? ld - rank : 0);
+      for (int r = 0; r < s.rows; ++r)
+        for (int i = 0; i < rank; ++i) to[int64_t{r} * rank + i] = bf16_to_float(from[int64_t{r} * ld + i]);
+    }
+  }
+
   void lora_products(const Wave& wave) const {
     for_segments(wave, [&](const Segment& s, const Plan::ThreadBuffers& b) {
       const LoraFactors& f = factors(kDown);
+      if (saved) load_low_rank(s);
       small_product(kGate, s, dgate_up[kGate], intermediate(), b);
       small_product(kUp, s, dgate_up[kUp], intermediate(), b);
       if (f.rank == 0) return;
@@ -321,8 +339,8 @@ struct Backward {
       rank_product(plan, b, s.rows,
                    {Side::left, tiles_of(h_tiles, s, intermediate()), intermediate(),
                     factor_a(f, s.expert, intermediate(), Reduce::features), f.rank, l.scaling * keep_scale,
-                    small_ha + wave_row(s) * f.rank, nullptr});
-      scale_by_routing(s, small_ha, f.rank);
+                    small_a[kDown] + wave_row(s) * f.rank, nullptr});
+      scale_by_routing(s, small_a[kDown], f.rank);
       scale_by_routing(s, small_b[kDown], f.rank);
       float* dob = small_b[kDown] + wave_row(s) * f.rank;
       for (int64_t i = 0; i < int64_t{s.rows} * f.rank; ++i) dob[i] *= keep_scale;
@@ -332,7 +350,7 @@ struct Backward {
       const int p = static_cast<int>(task % 3), rank = factors(p).rank;
       const bool of_a = task % 6 < 3;
       if (rank == 0) return;
-      const float* small = of_a ? small_b[p] : (p == kDown ? small_ha : gate_up.xa[p]);
+      const float* small = of_a ? small_b[p] : small_a[p];
       plan.kernels.pack({Side::left,
                          {small + wave_row(s) * rank, true, 1, rank},
                          0,
@@ -356,7 +374,7 @@ struct Backward {
 
   void run_wave(const Wave& wave) const {
     const int D = hidden();
-    if (recompute || lora) gate_up.prepare(plan, wave);
+    if (recompute || (lora && !saved)) gate_up.prepare(plan, wave);
     if (recompute) recompute_gate_up(wave);
     pack_tokens(plan, wave, Side::right, grads.grad_out, D, dout);
     if (factors(kDown).rank > 0)
