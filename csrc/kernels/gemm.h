@@ -15,12 +15,6 @@ struct Panel {
 // ---- decoding packed blocks into tiles
 // -------------------------------------------------------------------------------
 
-// Codes arrive from memory one panel ahead of their decoding: 8 blocks of about 80 ns each cover the latency of DRAM.
-template <class R>
-inline void prefetch_block(const uint8_t* block) {
-  for (int i = 0; i < R::kBlockBytes; i += 64) __builtin_prefetch(block + i);
-}
-
 // A right tile of bf16 pairs from codes that lie in the same order: no shuffles, the scales are doubled instead.
 template <class R, class Target>
 inline void decode_ordered(const uint8_t* at, Vec::F32 scale, typename Target::Elem* to) {
@@ -35,14 +29,12 @@ inline void decode_ordered(const uint8_t* at, Vec::F32 scale, typename Target::E
 // A panel as tiles [2][q tile], which start kPanelTiles apart.
 //   right: strip = 32 rows n (block row), q = k        left: strip = 32 columns k (block column), q = n
 template <class R, Side kSide>
-inline void decode_panel(const PackedMatrix& w, const Panel& at, Ops::Elem* dst, const Panel& next) {
+inline void decode_panel(const PackedMatrix& w, const Panel& at, Ops::Elem* dst) {
   using Codes = typename R::Codes;
   constexpr bool kRight = kSide == Side::right, kPairTiles = sizeof(Ops::Elem) == 2;
   for (int q = 0; q < at.q_tiles; ++q) {
     const int nb = kRight ? at.strip : at.q0 + q, kb = kRight ? at.q0 + q : at.strip;
     const uint8_t* block = w.block(nb, kb);
-    if (q < next.q_tiles)
-      prefetch_block<R>(kRight ? w.block(next.strip, next.q0 + q) : w.block(next.q0 + q, next.strip));
     for (int half = 0; half < kStripTiles; ++half) {
       const uint8_t* codes = block + half * kTileRows * Codes::kPairBytes;
       Ops::Elem* to = dst + (half * kPanelTiles + q) * kTileElems;
@@ -70,12 +62,12 @@ inline void decode_panel(const PackedMatrix& w, const Panel& at, Ops::Elem* dst,
   }
 }
 
-inline void decode_any(Side weight_side, const PackedMatrix& w, const Panel& at, Ops::Elem* dst, const Panel& next) {
+inline void decode_any(Side weight_side, const PackedMatrix& w, const Panel& at, Ops::Elem* dst) {
   switch (w.format) {
-#define KT_FORMAT(name, Codes, Scales, bits, ...)                                                              \
-  case kt_sft::Format::name:                                                                                   \
-    return weight_side == Side::right ? decode_panel<Row<kt_sft::Format::name>, Side::right>(w, at, dst, next) \
-                                      : decode_panel<Row<kt_sft::Format::name>, Side::left>(w, at, dst, next);
+#define KT_FORMAT(name, Codes, Scales, bits, ...)                                                        \
+  case kt_sft::Format::name:                                                                             \
+    return weight_side == Side::right ? decode_panel<Row<kt_sft::Format::name>, Side::right>(w, at, dst) \
+                                      : decode_panel<Row<kt_sft::Format::name>, Side::left>(w, at, dst);
 #include "kernels/registry.inc"
   }
 }
@@ -248,28 +240,39 @@ inline float* accumulator(float* c, int strip, int m_tiles, int m_tile, int w_ti
   return c + ((int64_t{strip} * m_tiles + m_tile) * kStripTiles + w_tile) * 256;
 }
 
+// The panel after strip `strip` of q0, one panel ahead of its decoding: the codes of its blocks, one for each q.
+inline Ahead codes_ahead(const GemmArgs& g, const GemmTerm& term, int strip, int q0) {
+  if (term.packed == nullptr) return {};
+  const PackedMatrix& w = *term.packed;
+  const int first = g.c0 / kBlock, all_q = (term.q + kTileSteps - 1) / kTileSteps;
+  const bool same_q = (strip + 1) * kBlock < g.nc, right = g.side == Side::left;
+  if (!same_q) q0 += kPanelTiles;
+  if (q0 >= all_q) return {};
+  const int next = first + (same_q ? strip + 1 : 0), lines = w.block_bytes() / 64;
+  const int blocks = (g.m + 7) / 8;  // register blocks that share the work, at least
+  return {right ? w.block(next, q0) : w.block(q0, next), int64_t{w.block_bytes()} * (right ? 1 : w.col_blocks()), lines,
+          (lines + blocks - 1) / blocks};
+}
+
 inline void multiply_panel(const GemmArgs& g, const GemmTerm& term, int strip, int q0, int q_tiles, bool accumulate,
                            const Ops::Elem* panel, float* c) {
   const int m_tiles = (g.m + kTileRows - 1) / kTileRows, all_q = (term.q + kTileSteps - 1) / kTileSteps;
   const auto* act = static_cast<const Ops::Elem*>(term.act) + int64_t{q0} * kTileElems;
   float* acc = accumulator(c, strip, m_tiles, 0, 0);
+  const Ahead ahead = codes_ahead(g, term, strip, q0);
   if (g.side == Side::left) {
     ActiveOps::multiply(
-        {act, panel, acc, all_q, kPanelTiles, kStripTiles * 256, 256, g.m, kStripTiles, q_tiles, accumulate});
+        {act, panel, acc, all_q, kPanelTiles, kStripTiles * 256, 256, g.m, kStripTiles, q_tiles, accumulate, ahead});
   } else {
     ActiveOps::multiply(
-        {panel, act, acc, kPanelTiles, all_q, 256, kStripTiles * 256, kBlock, m_tiles, q_tiles, accumulate});
+        {panel, act, acc, kPanelTiles, all_q, 256, kStripTiles * 256, kBlock, m_tiles, q_tiles, accumulate, ahead});
   }
 }
 
 inline void load_panel(const GemmArgs& g, const GemmTerm& term, int strip, int q0, int q_tiles, Ops::Elem* panel) {
   const Side weight_side = g.side == Side::left ? Side::right : Side::left;
   if (term.packed != nullptr) {
-    const int first = g.c0 / kBlock, all_q = (term.q + kTileSteps - 1) / kTileSteps;
-    const bool same_q = (strip + 1) * kBlock < g.nc;
-    const int next_q0 = same_q ? q0 : q0 + kPanelTiles;
-    const Panel next{first + (same_q ? strip + 1 : 0), next_q0, min_int(kPanelTiles, all_q - next_q0)};
-    decode_any(weight_side, *term.packed, {first + strip, q0, q_tiles}, panel, next);
+    decode_any(weight_side, *term.packed, {g.c0 / kBlock + strip, q0, q_tiles}, panel);
     return;
   }
   const int c = g.c0 + strip * kBlock, q = q0 * kTileSteps;
