@@ -160,9 +160,9 @@ def test_gradients_of_several_steps_are_kept_apart(recycler, monkeypatch):
         got.append(gradients(packed, lora, x, ids, weights))
         if i == 2:
             got[0] = expected[0]  # one step is forgotten, the next may have its memory
-    for one, other in zip(sum(got, []), sum(expected, []), strict=True):
-        assert torch.equal(one, other)
-    assert recycler.held_bytes()[0] == sum(-(-g.nbytes // (2 * MIB)) * 2 * MIB for g in sum(got[1:], []))
+    for grads, others in zip(got, expected, strict=True):
+        assert all(torch.equal(one, other) for one, other in zip(grads, others, strict=True))
+    assert recycler.held_bytes()[0] == sum(-(-g.nbytes // (2 * MIB)) * 2 * MIB for grads in got[1:] for g in grads)
 
 
 def test_accumulated_gradients(recycler):
