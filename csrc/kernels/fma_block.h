@@ -13,6 +13,14 @@ struct Ahead {
   int lines, share;
 };
 
+// One block's share for all reduction tiles at once.
+inline void prefetch_codes(Ahead& ahead, int q_tiles) {
+  const int lines = ahead.lines < ahead.share ? ahead.lines : ahead.share;
+  for (int q = 0; q < q_tiles; ++q)
+    for (int i = 0; i < lines; ++i) __builtin_prefetch(ahead.at + q * ahead.stride + i * 64);
+  ahead.at += lines * 64, ahead.lines -= lines;
+}
+
 // C tile (i, j) is at c + i * c_i + j * c_j, [16][16] floats.
 struct BlockArgs {
   const void* left;
