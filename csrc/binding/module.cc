@@ -239,6 +239,9 @@ LayerCall layer_call(const ExpertWeights& w, const py::object& x, const py::obje
     c.gate = tensor<uint16_t>(gate, "saved gate", {Dtype::bf16}, {T * K, F});
     c.up = tensor<uint16_t>(up, "saved up", {Dtype::bf16}, {T * K, F});
   }
+  static const Name low_rank("low_rank");
+  if (const py::handle value = item(lora, low_rank))
+    c.low_rank = tensor<uint16_t>(value, "saved low_rank", {Dtype::bf16}, {T * K, c.lora.input_rank()});
   return c;
 }
 

@@ -5,6 +5,22 @@
 // zero_acc. Included inside the variant's namespace.
 #pragma once
 
+// Codes that the next panel decodes: for every reduction tile q, `lines` cache lines at `at` + q * stride. Each
+// register block asks for `share` of them, so that they arrive while it multiplies.
+struct Ahead {
+  const uint8_t* at;
+  int64_t stride;
+  int lines, share;
+};
+
+// One block's share for all reduction tiles at once.
+inline void prefetch_codes(Ahead& ahead, int q_tiles) {
+  const int lines = ahead.lines < ahead.share ? ahead.lines : ahead.share;
+  for (int q = 0; q < q_tiles; ++q)
+    for (int i = 0; i < lines; ++i) __builtin_prefetch(ahead.at + q * ahead.stride + i * 64);
+  ahead.at += lines * 64, ahead.lines -= lines;
+}
+
 // C tile (i, j) is at c + i * c_i + j * c_j, [16][16] floats.
 struct BlockArgs {
   const void* left;
@@ -15,11 +31,12 @@ struct BlockArgs {
   int rows;                           // left rows that matter
   int right_tiles, q_tiles;
   bool accumulate;  // else C starts from zero
+  Ahead ahead;
 };
 
 template <class Mac, int Rows, int Tiles>
 inline void multiply_block(const typename Mac::Elem* left, const typename Mac::Elem* right, int64_t right_stride,
-                           float* c, int64_t c_j, int q_tiles, bool accumulate) {
+                           float* c, int64_t c_j, int q_tiles, bool accumulate, Ahead& ahead) {
   constexpr int kV = Mac::kVecs;
   typename Mac::Acc acc[Rows][Tiles * kV];
 #pragma GCC unroll 16
@@ -28,7 +45,9 @@ inline void multiply_block(const typename Mac::Elem* left, const typename Mac::E
     for (int v = 0; v < Tiles * kV; ++v)
       acc[r][v] = accumulate ? Mac::load_acc(c + r * 16 + (v / kV) * c_j + (v % kV) * Mac::kLanes) : Mac::zero_acc();
   }
+  const int lines = ahead.lines < ahead.share ? ahead.lines : ahead.share;
   for (int q = 0; q < q_tiles; ++q) {
+    for (int i = 0; i < lines; ++i) __builtin_prefetch(ahead.at + q * ahead.stride + i * 64);
     const auto* l = left + int64_t{q} * kTileElems;
     const auto* r0 = right + int64_t{q} * kTileElems;
     for (int s = 0; s < Mac::kSteps; ++s) {
@@ -43,6 +62,7 @@ inline void multiply_block(const typename Mac::Elem* left, const typename Mac::E
       }
     }
   }
+  ahead.at += lines * 64, ahead.lines -= lines;
 #pragma GCC unroll 16
   for (int r = 0; r < Rows; ++r) {
 #pragma GCC unroll 4
@@ -53,7 +73,7 @@ inline void multiply_block(const typename Mac::Elem* left, const typename Mac::E
 
 // Rows of a left tile times right tiles [j, j_end): Rows at a time, the rest, which a tile pads with zeros, in halves.
 template <class Mac, int Rows, int Tiles>
-inline void multiply_rows(const BlockArgs& g, int tile, int row, int rows, int j_begin, int j_end) {
+inline void multiply_rows(const BlockArgs& g, int tile, int row, int rows, int j_begin, int j_end, Ahead& ahead) {
   using Elem = typename Mac::Elem;
   const Elem* left = static_cast<const Elem*>(g.left) + tile * g.left_stride * kTileElems;
   const Elem* right = static_cast<const Elem*>(g.right);
@@ -61,19 +81,21 @@ inline void multiply_rows(const BlockArgs& g, int tile, int row, int rows, int j
   for (; rows - row > kLess; row += Rows)
     for (int j = j_begin; j < j_end; j += Tiles)
       multiply_block<Mac, Rows, Tiles>(left + row * kTileSteps, right + j * g.right_stride * kTileElems, g.right_stride,
-                                       g.c + tile * g.c_i + row * 16 + j * g.c_j, g.c_j, g.q_tiles, g.accumulate);
+                                       g.c + tile * g.c_i + row * 16 + j * g.c_j, g.c_j, g.q_tiles, g.accumulate,
+                                       ahead);
   if constexpr (kLess > 0)
-    if (row < rows) multiply_rows<Mac, kLess, Tiles>(g, tile, row, rows, j_begin, j_end);
+    if (row < rows) multiply_rows<Mac, kLess, Tiles>(g, tile, row, rows, j_begin, j_end, ahead);
 }
 
 template <class Mac>
 inline void multiply_tiles(const BlockArgs& g) {
   constexpr int kRows = Mac::kRows, kTiles = Mac::kTiles;
   const int whole = g.right_tiles / kTiles * kTiles;
+  Ahead ahead = g.ahead;
   for (int tile = 0; tile * kTileRows < g.rows; ++tile) {
     const int rows = g.rows - tile * kTileRows < kTileRows ? g.rows - tile * kTileRows : kTileRows;
-    multiply_rows<Mac, kRows, kTiles>(g, tile, 0, rows, 0, whole);
-    if constexpr (kTiles > 1) multiply_rows<Mac, kRows * kTiles, 1>(g, tile, 0, rows, whole, g.right_tiles);
+    multiply_rows<Mac, kRows, kTiles>(g, tile, 0, rows, 0, whole, ahead);
+    if constexpr (kTiles > 1) multiply_rows<Mac, kRows * kTiles, 1>(g, tile, 0, rows, whole, g.right_tiles, ahead);
   }
 }
 

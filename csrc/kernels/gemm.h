@@ -15,12 +15,6 @@ struct Panel {
 // ---- decoding packed blocks into tiles
 // -------------------------------------------------------------------------------
 
-// Codes arrive from memory one panel ahead of their decoding: 8 blocks of about 80 ns each cover the latency of DRAM.
-template <class R>
-inline void prefetch_block(const uint8_t* block) {
-  for (int i = 0; i < R::kBlockBytes; i += 64) __builtin_prefetch(block + i);
-}
-
 // A right tile of bf16 pairs from codes that lie in the same order: no shuffles, the scales are doubled instead.
 template <class R, class Target>
 inline void decode_ordered(const uint8_t* at, Vec::F32 scale, typename Target::Elem* to) {
@@ -35,14 +29,12 @@ inline void decode_ordered(const uint8_t* at, Vec::F32 scale, typename Target::E
 // A panel as tiles [2][q tile], which start kPanelTiles apart.
 //   right: strip = 32 rows n (block row), q = k        left: strip = 32 columns k (block column), q = n
 template <class R, Side kSide>
-inline void decode_panel(const PackedMatrix& w, const Panel& at, Ops::Elem* dst, const Panel& next) {
+inline void decode_panel(const PackedMatrix& w, const Panel& at, Ops::Elem* dst) {
   using Codes = typename R::Codes;
   constexpr bool kRight = kSide == Side::right, kPairTiles = sizeof(Ops::Elem) == 2;
   for (int q = 0; q < at.q_tiles; ++q) {
     const int nb = kRight ? at.strip : at.q0 + q, kb = kRight ? at.q0 + q : at.strip;
     const uint8_t* block = w.block(nb, kb);
-    if (q < next.q_tiles)
-      prefetch_block<R>(kRight ? w.block(next.strip, next.q0 + q) : w.block(next.q0 + q, next.strip));
     for (int half = 0; half < kStripTiles; ++half) {
       const uint8_t* codes = block + half * kTileRows * Codes::kPairBytes;
       Ops::Elem* to = dst + (half * kPanelTiles + q) * kTileElems;
@@ -70,12 +62,12 @@ inline void decode_panel(const PackedMatrix& w, const Panel& at, Ops::Elem* dst,
   }
 }
 
-inline void decode_any(Side weight_side, const PackedMatrix& w, const Panel& at, Ops::Elem* dst, const Panel& next) {
+inline void decode_any(Side weight_side, const PackedMatrix& w, const Panel& at, Ops::Elem* dst) {
   switch (w.format) {
-#define KT_FORMAT(name, Codes, Scales, bits, ...)                                                              \
-  case kt_sft::Format::name:                                                                                   \
-    return weight_side == Side::right ? decode_panel<Row<kt_sft::Format::name>, Side::right>(w, at, dst, next) \
-                                      : decode_panel<Row<kt_sft::Format::name>, Side::left>(w, at, dst, next);
+#define KT_FORMAT(name, Codes, Scales, bits, ...)                                                        \
+  case kt_sft::Format::name:                                                                             \
+    return weight_side == Side::right ? decode_panel<Row<kt_sft::Format::name>, Side::right>(w, at, dst) \
+                                      : decode_panel<Row<kt_sft::Format::name>, Side::left>(w, at, dst);
 #include "kernels/registry.inc"
   }
 }
@@ -104,6 +96,27 @@ inline void convert(uint16_t from, float& to) { to = float_of(uint32_t{from} << 
 inline void convert(float from, uint16_t& to) { to = to_bf16(from); }
 inline void convert(float from, float& to) { to = float_of(uint32_t{to_bf16(from)} << 16); }
 
+// Whole rows, a register at a time; Cols is 16 or 32.
+template <int Cols>
+inline void copy_row(const uint16_t* from, uint16_t* to) {
+  __builtin_memcpy(to, from, Cols * sizeof *to);
+}
+template <int Cols>
+inline void copy_row(const uint16_t* from, float* to) {
+  for (int b = 0; b < Cols; ++b) convert(from[b], to[b]);
+}
+template <int Cols>
+inline void copy_row(const float* from, Ops::Elem* to) {
+  for (int b = 0; b < Cols; b += 16) Ops::store_left(to + b, Vec::load(from + b));
+}
+
+// What the loops read next is on its way meanwhile: reduction steps four tiles ahead, columns of the next strip.
+template <int Rows, int Cols, class Src>
+inline void prefetch_ahead(const Src* src) {
+  constexpr int kAhead = Rows == kTileRows ? 4 * kTileSteps : kBlock;
+  for (int i = 0; i < Cols; i += 64 / static_cast<int>(sizeof(Src))) __builtin_prefetch(src + kAhead + i);
+}
+
 // dst[a][b], a < Rows, b < Cols: element (a0 + a, b0 + b) of a matrix whose b runs contiguously; zeros outside na, nb.
 template <int Rows, int Cols, class Src>
 inline void copy_in(const Src* base, int64_t stride, const int32_t* index, int a0, int na, int b0, int nb,
@@ -116,7 +129,8 @@ inline void copy_in(const Src* base, int64_t stride, const int32_t* index, int a
     }
     const Src* src = base + int64_t{index ? index[a0 + a] : a0 + a} * stride + b0;
     if (nb >= Cols) {
-      for (int b = 0; b < Cols; ++b) convert(src[b], row[b]);
+      prefetch_ahead<Rows, Cols>(src);
+      copy_row<Cols>(src, row);
     } else {
       for (int b = 0; b < nb; ++b) convert(src[b], row[b]);
       for (int b = nb; b < Cols; ++b) row[b] = 0;
@@ -169,6 +183,21 @@ inline void left_from_columns(const Ops::Elem* columns, Ops::Elem* tile) {
   }
 }
 
+// A whole right tile of a bf16 matrix whose c runs contiguously. Rows may lie anywhere: what the next tile to the right
+// reads is on its way meanwhile.
+template <class Elem>
+inline void right_from_source(const PackArgs& p, int c, int q, Elem* tile) {
+  const auto row = [&](int i) {
+    return static_cast<const uint16_t*>(p.view.base) + int64_t{p.view.qidx ? p.view.qidx[q + i] : q + i} * p.view.qs +
+           c;
+  };
+  for (int i = 0; i < kPairs; ++i) {
+    const uint16_t *even = row(2 * i), *odd = row(2 * i + 1);
+    __builtin_prefetch(even + kBlock), __builtin_prefetch(odd + kBlock);
+    interleave16(even, odd, tile + i * kBlock);
+  }
+}
+
 inline void pack_tile(const PackArgs& p, int c, int q, Ops::Elem* tile) {
   const int nc = min_int(kTileRows, p.nc - c), nq = min_int(kTileSteps, p.nq - q);
   alignas(64) Ops::Elem buffer[kTileElems];
@@ -177,6 +206,10 @@ inline void pack_tile(const PackArgs& p, int c, int q, Ops::Elem* tile) {
     copy_any<kTileRows, kTileSteps>(p.view, p.view.cs, p.view.cidx, p.c0 + c, nc, p.q0 + q, nq, rows);
     if (p.side == Side::right) right_from_rows(buffer, tile);
     return;
+  }
+  if constexpr (sizeof(Ops::Elem) == 2) {
+    const bool whole = nc == kTileRows && nq == kTileSteps;
+    if (whole && !p.view.is_float && p.side == Side::right) return right_from_source(p, p.c0 + c, p.q0 + q, tile);
   }
   copy_any<kTileSteps, kTileRows>(p.view, p.view.qs, p.view.qidx, p.q0 + q, nq, p.c0 + c, nc, buffer);
   if (p.side == Side::right) {
@@ -207,28 +240,39 @@ inline float* accumulator(float* c, int strip, int m_tiles, int m_tile, int w_ti
   return c + ((int64_t{strip} * m_tiles + m_tile) * kStripTiles + w_tile) * 256;
 }
 
+// The panel after strip `strip` of q0, one panel ahead of its decoding: the codes of its blocks, one for each q.
+inline Ahead codes_ahead(const GemmArgs& g, const GemmTerm& term, int strip, int q0) {
+  if (term.packed == nullptr) return {};
+  const PackedMatrix& w = *term.packed;
+  const int first = g.c0 / kBlock, all_q = (term.q + kTileSteps - 1) / kTileSteps;
+  const bool same_q = (strip + 1) * kBlock < g.nc, right = g.side == Side::left;
+  if (!same_q) q0 += kPanelTiles;
+  if (q0 >= all_q) return {};
+  const int next = first + (same_q ? strip + 1 : 0), lines = w.block_bytes() / 64;
+  const int blocks = (g.m + 7) / 8;  // register blocks that share the work, at least
+  return {right ? w.block(next, q0) : w.block(q0, next), int64_t{w.block_bytes()} * (right ? 1 : w.col_blocks()), lines,
+          (lines + blocks - 1) / blocks};
+}
+
 inline void multiply_panel(const GemmArgs& g, const GemmTerm& term, int strip, int q0, int q_tiles, bool accumulate,
                            const Ops::Elem* panel, float* c) {
   const int m_tiles = (g.m + kTileRows - 1) / kTileRows, all_q = (term.q + kTileSteps - 1) / kTileSteps;
   const auto* act = static_cast<const Ops::Elem*>(term.act) + int64_t{q0} * kTileElems;
   float* acc = accumulator(c, strip, m_tiles, 0, 0);
+  const Ahead ahead = codes_ahead(g, term, strip, q0);
   if (g.side == Side::left) {
     ActiveOps::multiply(
-        {act, panel, acc, all_q, kPanelTiles, kStripTiles * 256, 256, g.m, kStripTiles, q_tiles, accumulate});
+        {act, panel, acc, all_q, kPanelTiles, kStripTiles * 256, 256, g.m, kStripTiles, q_tiles, accumulate, ahead});
   } else {
     ActiveOps::multiply(
-        {panel, act, acc, kPanelTiles, all_q, 256, kStripTiles * 256, kBlock, m_tiles, q_tiles, accumulate});
+        {panel, act, acc, kPanelTiles, all_q, 256, kStripTiles * 256, kBlock, m_tiles, q_tiles, accumulate, ahead});
   }
 }
 
 inline void load_panel(const GemmArgs& g, const GemmTerm& term, int strip, int q0, int q_tiles, Ops::Elem* panel) {
   const Side weight_side = g.side == Side::left ? Side::right : Side::left;
   if (term.packed != nullptr) {
-    const int first = g.c0 / kBlock, all_q = (term.q + kTileSteps - 1) / kTileSteps;
-    const bool same_q = (strip + 1) * kBlock < g.nc;
-    const int next_q0 = same_q ? q0 : q0 + kPanelTiles;
-    const Panel next{first + (same_q ? strip + 1 : 0), next_q0, min_int(kPanelTiles, all_q - next_q0)};
-    decode_any(weight_side, *term.packed, {first + strip, q0, q_tiles}, panel, next);
+    decode_any(weight_side, *term.packed, {g.c0 / kBlock + strip, q0, q_tiles}, panel);
     return;
   }
   const int c = g.c0 + strip * kBlock, q = q0 * kTileSteps;
@@ -238,22 +282,34 @@ inline void load_panel(const GemmArgs& g, const GemmTerm& term, int strip, int q
   pack_tiles({weight_side, *term.dense, c, nc, q, nq, panel, kPanelTiles});
 }
 
-// Accumulator tiles -> rows of out.
+inline void emit_tile(const float* tile, int rows, int cols, float* out, int64_t ldo) {
+  if (cols == kTileRows) {
+    for (int r = 0; r < rows; ++r) __builtin_memcpy(out + r * ldo, tile + r * 16, 16 * sizeof(float));
+  } else {
+    for (int r = 0; r < rows; ++r) __builtin_memcpy(out + r * ldo, tile + r * 16, cols * sizeof(float));
+  }
+}
+
+// Accumulator tiles -> rows of out. Of left activations they are [m][c], of right ones [c][m].
 inline void emit(const GemmArgs& g, const float* c) {
   const int m_tiles = (g.m + kTileRows - 1) / kTileRows;
   alignas(64) float turned[256];
   for (int w = 0; w * kTileRows < g.nc; ++w) {
     const int cols = min_int(kTileRows, g.nc - w * kTileRows);
     for (int i = 0; i < m_tiles; ++i) {
+      const int rows = min_int(kTileRows, g.m - i * kTileRows);
       const float* tile = c + ((int64_t{w / kStripTiles} * m_tiles + i) * kStripTiles + w % kStripTiles) * 256;
-      if (g.side == Side::right) {
-        const uint32_t* rows[16];
-        for (int r = 0; r < 16; ++r) rows[r] = reinterpret_cast<const uint32_t*>(tile) + r * 16;
-        transpose16(rows, reinterpret_cast<uint32_t*>(turned));
+      if ((g.side == Side::right) != g.transposed) {
+        const uint32_t* at[16];
+        for (int r = 0; r < 16; ++r) at[r] = reinterpret_cast<const uint32_t*>(tile) + r * 16;
+        transpose16(at, reinterpret_cast<uint32_t*>(turned));
         tile = turned;
       }
-      for (int r = 0; r < kTileRows && i * kTileRows + r < g.m; ++r)
-        __builtin_memcpy(g.out + (i * kTileRows + r) * g.ldo + w * kTileRows, tile + r * 16, cols * sizeof(float));
+      if (g.transposed) {
+        emit_tile(tile, cols, rows, g.out + w * kTileRows * g.ldo + i * kTileRows, g.ldo);
+      } else {
+        emit_tile(tile, rows, cols, g.out + i * kTileRows * g.ldo + w * kTileRows, g.ldo);
+      }
     }
   }
 }

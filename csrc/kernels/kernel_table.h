@@ -25,7 +25,8 @@ struct GemmArgs {
   int m, c0, nc;
   float* out;
   int64_t ldo;
-  void* scratch;  // gemm_scratch_bytes, 64-byte aligned, one per thread
+  void* scratch;            // gemm_scratch_bytes, 64-byte aligned, one per thread
+  bool transposed = false;  // out[c - c0][m] instead
 };
 
 struct PackArgs {

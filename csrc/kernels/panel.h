@@ -64,13 +64,11 @@ struct FormatInfo {
   Plane planes[kMaxPlanes];
 };
 
-constexpr FormatInfo info(Format format) {
-  constexpr FormatInfo rows[] = {
+inline constexpr FormatInfo kFormats[] = {
 #define KT_FORMAT(name, Codes, Scales, bits, ...) {#name, bits, {__VA_ARGS__}},
 #include "kernels/registry.inc"
-  };
-  return rows[static_cast<int>(format)];
-}
+};
+constexpr const FormatInfo& info(Format format) { return kFormats[static_cast<int>(format)]; }
 
 // One packed matrix, not owned.
 struct PackedMatrix {

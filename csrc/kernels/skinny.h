@@ -259,5 +259,8 @@ inline void skinny_gemm(const GemmArgs& g) {
       }
     }
   }
-  for (int r = 0; r < g.m; ++r) __builtin_memcpy(g.out + r * g.ldo, out + r * kMaxCols, g.nc * sizeof(float));
+  for (int r = 0; r < g.m; ++r) {
+    const int64_t row = g.transposed ? 1 : g.ldo, column = g.transposed ? g.ldo : 1;
+    for (int c = 0; c < g.nc; ++c) g.out[r * row + c * column] = out[r * kMaxCols + c];
+  }
 }

@@ -133,11 +133,14 @@ struct AmxOps : Ops {
 
   static void multiply(const BlockArgs& g) {
     const int left_tiles = (g.rows + kTileRows - 1) / kTileRows;
+    Ahead ahead = g.ahead;
+    ahead.share *= 4;  // a block of 2 x 2 tiles has four times the rows that Ahead counts with
     for (int i = 0; i < left_tiles; i += 2) {
       const auto* left = static_cast<const uint16_t*>(g.left) + i * g.left_stride * kTileElems;
       for (int j = 0; j < g.right_tiles; j += 2) {
         const auto* right = static_cast<const uint16_t*>(g.right) + j * g.right_stride * kTileElems;
         float* c = g.c + i * g.c_i + j * g.c_j;
+        prefetch_codes(ahead, g.q_tiles);
         const auto run = i + 1 < left_tiles ? (j + 1 < g.right_tiles ? multiply_amx<2, 2> : multiply_amx<2, 1>)
                                             : (j + 1 < g.right_tiles ? multiply_amx<1, 2> : multiply_amx<1, 1>);
         run(left, g.left_stride, right, g.right_stride, c, g.c_i, g.c_j, g.q_tiles, g.accumulate);

@@ -1,5 +1,6 @@
 #include <algorithm>
 
+#include "common/bf16.h"
 #include "common/thread_pool.h"
 #include "moe/plan.h"
 
@@ -9,20 +10,24 @@ namespace {
 struct Backward {
   Plan plan;
   const LayerGrads& grads;
-  const bool recompute, lora;
+  const bool recompute, lora, saved;  // saved: forward left s X A^T
   GateUpBuffers gate_up;
   uint16_t *gate = nullptr, *up = nullptr;  // (wave rows, F) bf16, when recomputing
   void* dout = nullptr;                     // right tiles (rows, D)
   void* dgate_up[2] = {};                   // right tiles (rows, F): dG and dU
   float* dw_parts = nullptr;                // (wave rows, F / 32)
   // Only with LoRA; "small" is (wave rows, R) fp32, "rows" is (wave rows, F) bf16.
-  float *small_b[3] = {}, *small_ha = nullptr;  // s dLin B per projection (times w for down), s w H A^T
+  float *small_a[3] = {}, *small_b[3] = {};  // s X A^T, s dLin B per projection; those of down times w
   void *small_b_tiles[3] = {}, *h_tiles = nullptr;
   void* turned[3][2] = {};  // small^T per projection, for the gradients of b and of a
   uint16_t *dgate_up_rows[2] = {}, *h_rows = nullptr;
 
   Backward(const ExpertWeights& weights, const LayerCall& call, const LayerGrads& grads)
-      : plan(weights, call), grads(grads), recompute(call.gate == nullptr), lora(call.lora.any()) {}
+      : plan(weights, call),
+        grads(grads),
+        recompute(call.gate == nullptr),
+        lora(call.lora.any()),
+        saved(call.low_rank != nullptr && !recompute) {}
 
   const LoraFactors& factors(int projection) const { return plan.call.lora.factors[projection]; }
   int hidden() const { return plan.weights.hidden; }
@@ -43,18 +48,22 @@ struct Backward {
     dout = plan.take_tiles(ws, D);
     for (auto& tiles : dgate_up) tiles = plan.take_tiles(ws, F);
     dw_parts = ws.take<float>(rows * ceil_div(F, kBlock));
-    if (recompute || lora) gate_up.take(plan, ws);
+    if (recompute || (lora && !saved)) gate_up.take(plan, ws);
     if (recompute) gate = ws.take<uint16_t>(rows * F), up = ws.take<uint16_t>(rows * F);
     if (!lora) return;
     for (int p : {kGate, kUp, kDown}) {
+      const bool own = p == kDown || saved;
+      small_a[p] = own ? ws.take<float>(rows * factors(p).rank) : gate_up.xa[p];
       small_b[p] = ws.take<float>(rows * factors(p).rank);
       small_b_tiles[p] = plan.take_tiles(ws, factors(p).rank);
-      for (auto& tiles : turned[p])
-        tiles = ws.take<char>(plan.wave_tile_limit * ceil_div(factors(p).rank, kTileRows) * plan.kernels.tile_bytes);
+      for (bool of_a : {true, false}) {
+        int64_t rows = rank_rows(p);
+        if (of_a && p != kDown) rows = p == kGate ? rank_rows(kGate) + rank_rows(kUp) : 0;
+        turned[p][of_a] = ws.take<char>(plan.wave_tile_limit * rows / kTileRows * plan.kernels.tile_bytes);
+      }
       if (p != kDown && factors(p).rank > 0) dgate_up_rows[p] = ws.take<uint16_t>(rows * F);
     }
     if (factors(kDown).rank == 0) return;
-    small_ha = ws.take<float>(rows * factors(kDown).rank);
     h_tiles = plan.take_tiles(ws, F);
     h_rows = ws.take<uint16_t>(rows * F);
   }
@@ -199,7 +208,8 @@ struct Backward {
     }
   }
 
-  // grad (R, width) += small^T big, or its transpose into (width, R), for columns [c0, c0 + nc) of one segment.
+  // grad (R, width) = small^T big, or its transpose in (width, R), for columns [c0, c0 + nc) of one segment; added to
+  // what the expert's earlier segments left.
   struct FactorGradient {
     void* small;  // left tiles of small^T
     int rank;
@@ -208,19 +218,45 @@ struct Backward {
     float* grad;
     bool transposed;
   };
+
   void factor_gradient(const Segment& s, const FactorGradient& g, int c0, int nc, const Plan::ThreadBuffers& b) const {
+    const int64_t ld = g.transposed ? g.rank : g.width;
     for (int r0 = 0; r0 < g.rank; r0 += kMaxRows) {
       const int ranks = std::min(kMaxRows, g.rank - r0);
       const GemmTerm term{plan.tile(g.small, r0 / kTileRows, ceil_div(s.rows, kTileSteps)), s.rows, nullptr, &g.big};
-      plan.kernels.gemm({Side::left, &term, 1, ranks, c0, nc, b.rows[0], nc, b.gemm});
-      const float* product = b.rows[0];
-      if (g.transposed) {
-        for (int c = 0; c < nc; ++c)
-          for (int r = 0; r < ranks; ++r) g.grad[int64_t{c0 + c} * g.rank + r0 + r] += product[r * nc + c];
-      } else {
-        for (int r = 0; r < ranks; ++r)
-          for (int c = 0; c < nc; ++c) g.grad[int64_t{r0 + r} * g.width + c0 + c] += product[r * nc + c];
+      float* grad = g.grad + (g.transposed ? int64_t{c0} * ld + r0 : r0 * ld + c0);
+      if (starts_expert(s)) {
+        plan.kernels.gemm({Side::left, &term, 1, ranks, c0, nc, grad, ld, b.gemm, g.transposed});
+        continue;
       }
+      const int rows = g.transposed ? nc : ranks, columns = g.transposed ? ranks : nc;
+      plan.kernels.gemm({Side::left, &term, 1, ranks, c0, nc, b.rows[0], columns, b.gemm, g.transposed});
+      add_rows(b.rows[0], rows, columns, grad, ld);
+    }
+  }
+
+  bool starts_expert(const Segment& s) const { return &s == plan.segments || (&s)[-1].expert != s.expert; }
+
+  static void add_rows(const float* from, int rows, int columns, float* to, int64_t ld) {
+    for (int r = 0; r < rows; ++r)
+      for (int c = 0; c < columns; ++c) to[r * ld + c] += from[int64_t{r} * columns + c];
+  }
+
+  // Gradients of a of gate and up at once, where they fit: both multiply X, which has to be packed for it.
+  bool gate_up_together() const {
+    return factors(kGate).rank > 0 && factors(kUp).rank > 0 && rank_rows(kGate) + factors(kUp).rank <= kMaxRows;
+  }
+  void gate_up_gradient(const Segment& s, int c0, int nc, const Plan::ThreadBuffers& b) const {
+    const FactorGradient gate = gradient_of(s, kGate, true);
+    const GemmTerm term{gate.small, s.rows, nullptr, &gate.big};
+    const int rows = static_cast<int>(rank_rows(kGate)) + factors(kUp).rank;
+    plan.kernels.gemm({Side::left, &term, 1, rows, c0, nc, b.rows[0], nc, b.gemm});
+    for (int p : {kGate, kUp}) {
+      const float* from = b.rows[0] + (p == kUp ? rank_rows(kGate) * nc : 0);
+      float* to = gradient_of(s, p, true).grad + c0;
+      for (int r = 0; r < factors(p).rank && starts_expert(s); ++r)
+        std::copy_n(from + r * nc, nc, to + int64_t{r} * gate.width);
+      if (!starts_expert(s)) add_rows(from, factors(p).rank, nc, to, gate.width);
     }
   }
 
@@ -245,23 +281,56 @@ struct Backward {
 
   // One task owns one column block of one factor of one expert, over all segments of that expert in the wave.
   void factor_gradients(const Wave& wave) const {
+    const auto over_segments = [&](int width, auto&& fn) {
+      for_columns(wave, width, [&](const Segment& first, int c0, int nc, const Plan::ThreadBuffers& b) {
+        const Segment* s = &first;
+        if (s > plan.segments + wave.begin && s[-1].expert == s->expert) return;
+        for (; s < plan.segments + wave.end && s->expert == first.expert; ++s) fn(*s, c0, nc, b);
+      });
+    };
     for (int p : {kGate, kUp, kDown}) {
       if (factors(p).rank == 0) continue;
       for (bool of_a : {true, false}) {
-        const int width = of_a == (p == kDown) ? intermediate() : hidden();
-        for_columns(wave, width, [&](const Segment& first, int c0, int nc, const Plan::ThreadBuffers& b) {
-          const Segment* s = &first;
-          if (s > plan.segments + wave.begin && s[-1].expert == s->expert) return;
-          for (; s < plan.segments + wave.end && s->expert == first.expert; ++s)
-            factor_gradient(*s, gradient_of(*s, p, of_a), c0, nc, b);
-        });
+        if (of_a && p != kDown && gate_up_together()) continue;
+        over_segments(of_a == (p == kDown) ? intermediate() : hidden(),
+                      [&](const Segment& s, int c0, int nc, const Plan::ThreadBuffers& b) {
+                        factor_gradient(s, gradient_of(s, p, of_a), c0, nc, b);
+                      });
       }
+    }
+    if (!gate_up_together()) return;
+    over_segments(hidden(), [&](const Segment& s, int c0, int nc, const Plan::ThreadBuffers& b) {
+      gate_up_gradient(s, c0, nc, b);
+    });
+  }
+
+  // Gradients of the experts without rows.
+  void clear_idle_factors() const {
+    parallel_for(int64_t{plan.weights.num_experts} * 3, [&](int64_t task, int) {
+      const LoraFactors& f = factors(static_cast<int>(task % 3));
+      const int64_t expert = task / 3, a_width = task % 3 == kDown ? intermediate() : hidden();
+      const int64_t a_size = f.rank * a_width, b_size = int64_t{f.rank} * (hidden() + intermediate()) - a_size;
+      if (plan.counts[expert] > 0) return;
+      std::fill_n(f.grad_a + expert * a_size, a_size, 0.0f);
+      std::fill_n(f.grad_b + expert * b_size, b_size, 0.0f);
+    });
+  }
+
+  void load_low_rank(const Segment& s) const {
+    const int ld = plan.call.lora.input_rank();
+    for (int p : {kGate, kUp}) {
+      const int rank = factors(p).rank;
+      float* to = small_a[p] + wave_row(s) * rank;
+      const uint16_t* from = plan.call.low_rank + int64_t{s.row0} * ld + (p == kUp ? ld - rank : 0);
+      for (int r = 0; r < s.rows; ++r)
+        for (int i = 0; i < rank; ++i) to[int64_t{r} * rank + i] = bf16_to_float(from[int64_t{r} * ld + i]);
     }
   }
 
   void lora_products(const Wave& wave) const {
     for_segments(wave, [&](const Segment& s, const Plan::ThreadBuffers& b) {
       const LoraFactors& f = factors(kDown);
+      if (saved) load_low_rank(s);
       small_product(kGate, s, dgate_up[kGate], intermediate(), b);
       small_product(kUp, s, dgate_up[kUp], intermediate(), b);
       if (f.rank == 0) return;
@@ -270,8 +339,8 @@ struct Backward {
       rank_product(plan, b, s.rows,
                    {Side::left, tiles_of(h_tiles, s, intermediate()), intermediate(),
                     factor_a(f, s.expert, intermediate(), Reduce::features), f.rank, l.scaling * keep_scale,
-                    small_ha + wave_row(s) * f.rank, nullptr});
-      scale_by_routing(s, small_ha, f.rank);
+                    small_a[kDown] + wave_row(s) * f.rank, nullptr});
+      scale_by_routing(s, small_a[kDown], f.rank);
       scale_by_routing(s, small_b[kDown], f.rank);
       float* dob = small_b[kDown] + wave_row(s) * f.rank;
       for (int64_t i = 0; i < int64_t{s.rows} * f.rank; ++i) dob[i] *= keep_scale;
@@ -281,7 +350,7 @@ struct Backward {
       const int p = static_cast<int>(task % 3), rank = factors(p).rank;
       const bool of_a = task % 6 < 3;
       if (rank == 0) return;
-      const float* small = of_a ? small_b[p] : (p == kDown ? small_ha : gate_up.xa[p]);
+      const float* small = of_a ? small_b[p] : small_a[p];
       plan.kernels.pack({Side::left,
                          {small + wave_row(s) * rank, true, 1, rank},
                          0,
@@ -293,14 +362,19 @@ struct Backward {
     });
   }
 
-  // small^T of a segment as left tiles [R tile][row tile]: as many as its 16-row tiles at most.
+  // small^T of a segment as left tiles [R tile][row tile]: as many as its 16-row tiles at most. For the gradients of a,
+  // those of up follow those of gate.
   void* turned_tiles(const Segment& s, int p, bool of_a) const {
-    return plan.tile(turned[p][of_a], s.tile0, ceil_div(factors(p).rank, kTileRows));
+    const int64_t row_tiles = ceil_div(s.rows, kTileSteps), gate_tiles = rank_rows(kGate) / kTileRows;
+    if (!of_a || p == kDown) return plan.tile(turned[p][of_a], s.tile0, rank_rows(p) / kTileRows);
+    char* gate = plan.tile(turned[kGate][true], s.tile0, gate_tiles + rank_rows(kUp) / kTileRows);
+    return p == kGate ? gate : plan.tile(gate, gate_tiles, row_tiles);
   }
+  int64_t rank_rows(int p) const { return round_up(factors(p).rank, kTileRows); }
 
   void run_wave(const Wave& wave) const {
     const int D = hidden();
-    if (recompute || lora) gate_up.prepare(plan, wave);
+    if (recompute || (lora && !saved)) gate_up.prepare(plan, wave);
     if (recompute) recompute_gate_up(wave);
     pack_tokens(plan, wave, Side::right, grads.grad_out, D, dout);
     if (factors(kDown).rank > 0)
@@ -325,6 +399,7 @@ struct Backward {
     std::fill_n(grads.grad_x, count, 0.0f);
     std::fill_n(grads.grad_weights, plan.call.tokens * plan.call.top_k, 0.0f);
     if (plan.call.lora.x != nullptr) std::fill_n(grads.grad_lora_x, count, 0.0f);
+    if (lora) clear_idle_factors();
     for (int i = 0; i < plan.num_waves; ++i) run_wave(plan.waves[i]);
   }
 };

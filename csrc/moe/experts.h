@@ -42,7 +42,7 @@ struct LoraFactors {
   const void* a = nullptr;
   const void* b = nullptr;
   bool a_float = false, b_float = false;
-  float* grad_a = nullptr;  // fp32, shaped like a and b, added to; null in forward
+  float* grad_a = nullptr;  // fp32, shaped like a and b, overwritten; null in forward
   float* grad_b = nullptr;
 };
 
@@ -52,7 +52,8 @@ struct Lora {
   const uint16_t* x = nullptr;         // (T, D) bf16 input of the gate and up adapters; null: the hidden states
   const uint8_t* down_keep = nullptr;  // (T, K, F) 0 or 1: dropout of the down adapter's input; null: none
   float keep_scale = 1.0f;             // 1 / (1 - p)
-  bool any() const { return factors[0].rank + factors[1].rank + factors[2].rank > 0; }
+  int input_rank() const { return factors[kGate].rank + factors[kUp].rank; }
+  bool any() const { return input_rank() + factors[kDown].rank > 0; }
 };
 
 // Of the forward products: bf16 (codes decoded to bf16) or int8 (int8 codes as they are, activations quantised in
@@ -70,6 +71,7 @@ struct LayerCall {
   uint16_t* gate =
       nullptr;  // (N, F) bf16, rows sorted by expert: written by forward, read by backward; null: recompute
   uint16_t* up = nullptr;
+  uint16_t* low_rank = nullptr;  // (N, Rg + Ru) bf16, likewise, or null: s X' Ag^T, s X' Au^T
 };
 
 struct LayerGrads {

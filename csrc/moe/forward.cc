@@ -76,6 +76,22 @@ struct Forward {
     });
   }
 
+  // s X' A^T of gate and up, for backward.
+  void save_low_rank(const Wave& wave) const {
+    const Lora& lora = plan.call.lora;
+    const int ld = lora.input_rank();
+    if (plan.call.low_rank == nullptr) return;
+    parallel_for(wave.end - wave.begin, [&](int64_t task, int) {
+      const Segment& s = plan.segments[wave.begin + task];
+      for (int p : {kGate, kUp}) {
+        const int rank = lora.factors[p].rank;
+        const float* from = gate_up.xa[p] + int64_t{s.tile0} * kTileRows * rank;
+        uint16_t* to = plan.call.low_rank + int64_t{s.row0} * ld + (p == kUp ? ld - rank : 0);
+        for (int r = 0; r < s.rows; ++r) plan.kernels.to_bf16(from + r * rank, rank, to + int64_t{r} * ld);
+      }
+    });
+  }
+
   // out[:, c0 : c0 + nc] += w Y for every segment of the wave: one task owns these columns.
   void combine_block(const Wave& wave, int c0, int nc, const Plan::ThreadBuffers& b) const {
     const int D = plan.weights.hidden, F = plan.weights.intermediate;
@@ -109,6 +125,7 @@ struct Forward {
       const Wave& wave = plan.waves[i];
       const int64_t pieces = wave.end - wave.begin;
       gate_up.prepare(plan, wave);
+      save_low_rank(wave);
       const int f_step = plan.int8() ? kHiddenGroup8 : plan.column_step(F, pieces), d_step = plan.column_step(D, 1);
       parallel_for(pieces * ceil_div(F, f_step), [&](int64_t task, int thread) {
         const ColumnTask t = column_task(task, F, f_step);

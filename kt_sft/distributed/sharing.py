@@ -131,27 +131,27 @@ class SharedKernels:
         self._layer, self._kind = layer, Kind.FORWARD if training else Kind.EVALUATION
         self._overflow_is_normal = overflow_is_normal
 
-    def forward(self, inputs: Inputs, retain: bool) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    def forward(self, inputs: Inputs, retain: bool) -> tuple[Tensor, Kept]:
         self._check_ids(inputs.ids)
         self._check_finite("hidden states", inputs.x)
         job = Job(**inputs._asdict(), retain=retain, total_experts=self._total)
         answer = self._layer.rounds.ask(Request(self._kind, self._layer.number, job))
         if answer is None:
             out, *_ = LOCAL.forward(inputs, False)
-            return out, *_pack_kept(None, -1, retain)
+            return out, _pack_kept(None, -1, retain)
         result, number = answer
-        return result.rows[0], *_pack_kept(result.kept, number, retain)
+        return result.rows[0], _pack_kept(result.kept, number, retain)
 
     def backward(
         self, inputs: Inputs, kept: Kept, grad_out: Tensor
     ) -> tuple[Tensor, Tensor, Tensor | None, dict[str, Tensor]]:
         if not self._overflow_is_normal:
             self._check_finite("gradients", grad_out)
-        gate_up, number = _unpack_kept(*kept, inputs.packed.intermediate_size)
+        gate_up, number = _unpack_kept(kept, inputs.packed.intermediate_size)
         job = Job(**inputs._asdict(), kept=gate_up, grad_out=grad_out, total_experts=self._total)
         answer = self._layer.rounds.ask(Request(Kind.BACKWARD, self._layer.number, job, number))
         if answer is None:
-            return LOCAL.backward(inputs, (None, None), grad_out)
+            return LOCAL.backward(inputs, (None, None, None), grad_out)
         result, _ = answer
         grad_x, grad_weights, *grad_x_lora = result.rows
         return grad_x, grad_weights, grad_x_lora[0] if grad_x_lora else None, result.factor_grads
@@ -176,19 +176,20 @@ class SharedKernels:
             )
 
 
-def _pack_kept(gate_up: Tensor | None, number: int, retain: bool) -> tuple[Tensor | None, Tensor | None]:
+def _pack_kept(gate_up: Tensor | None, number: int, retain: bool) -> Kept:
     """Gate and up, and the number of their exchange, in two tensors whose shapes are always the same.
 
     Gradient checkpointing insists that recomputed tensors have the shapes of the first pass, but how many rows a rank
     keeps depends on the others: autograd gets a view of the first element, which keeps the whole storage alive.
     """
     if not retain:
-        return None, None
+        return None, None, None
     view = torch.zeros(1, dtype=torch.bfloat16) if gate_up is None or not gate_up.numel() else gate_up.view(-1)[:1]
-    return view, torch.tensor([number if gate_up is not None else -1])
+    return view, torch.tensor([number if gate_up is not None else -1]), None
 
 
-def _unpack_kept(view: Tensor | None, number: Tensor | None, width: int) -> tuple[Tensor | None, int]:
+def _unpack_kept(kept: Kept, width: int) -> tuple[Tensor | None, int]:
+    view, number, _ = kept
     if view is None or number is None or int(number) < 0:
         return None, -1
     elements = view.untyped_storage().nbytes() // view.element_size()

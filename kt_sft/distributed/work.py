@@ -137,8 +137,12 @@ def _gate_up(kept: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
 
 
 def _backward(job: Job, share: _Share, partials: list[Tensor]) -> dict[str, Tensor]:
-    grads = {name: memory.zeros(job.lora[name].shape, torch.float32) for name in factor_names(job.lora)}
-    held = {f"grad_{name}": grad[share.experts.start : share.experts.stop] for name, grad in grads.items()}
+    grads = {name: memory.recycled(job.lora[name].shape, torch.float32) for name in factor_names(job.lora)}
+    begin, end = share.experts.start, share.experts.stop
+    for grad in grads.values():
+        grad[:begin].zero_()
+        grad[end:].zero_()
+    held = {f"grad_{name}": grad[begin:end] for name, grad in grads.items()}
     grad_x, grad_weights, *grad_x_lora = partials
     gate, up = _gate_up(job.kept)
     assert share.grad_out is not None

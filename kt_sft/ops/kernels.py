@@ -15,7 +15,7 @@ from kt_sft import native
 from . import memory
 from .packed import PackedExperts
 
-Kept = tuple[Tensor | None, Tensor | None]
+Kept = tuple[Tensor | None, Tensor | None, Tensor | None]
 
 
 class Inputs(NamedTuple):
@@ -32,8 +32,9 @@ class Inputs(NamedTuple):
 class Kernels(Protocol):
     """What runs the passes."""
 
-    def forward(self, inputs: Inputs, retain: bool) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """out (T, D) fp32, and what backward wants to see again: two tensors, or None where nothing is retained."""
+    def forward(self, inputs: Inputs, retain: bool) -> tuple[Tensor, Kept]:
+        """out (T, D) fp32, and what backward wants to see again (here gate, up and what their adapters' A gave); None
+        where nothing is retained."""
 
     def backward(
         self, inputs: Inputs, kept: Kept, grad_out: Tensor
@@ -44,26 +45,32 @@ class Kernels(Protocol):
 class LocalKernels:
     """Every expert in this process."""
 
-    def forward(self, inputs: Inputs, retain: bool) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    def forward(self, inputs: Inputs, retain: bool) -> tuple[Tensor, Kept]:
         packed, x, ids, weights, lora, int8 = inputs
-        gate = up = None
+        gate = up = low_rank = None
         if retain:
             rows = (ids.numel(), packed.intermediate_size)
             gate, up = memory.empty(rows, torch.bfloat16), memory.empty(rows, torch.bfloat16)
+            if rank := sum(lora[name].shape[1] for name in ("gate_a", "up_a") if name in lora):
+                low_rank = memory.empty((ids.numel(), rank), torch.bfloat16)
+                lora = {**lora, "low_rank": low_rank}
         out = memory.empty(x.shape, torch.float32)
         native.forward(*packed.native_args(), x, ids, weights, lora, gate, up, int8, out)
-        return out, gate, up
+        return out, (gate, up, low_rank)
 
     def backward(
         self, inputs: Inputs, kept: Kept, grad_out: Tensor
     ) -> tuple[Tensor, Tensor, Tensor | None, dict[str, Tensor]]:
         packed, x, ids, weights, lora, int8 = inputs
-        grads = {name: memory.zeros(lora[name].shape, torch.float32) for name in factor_names(lora)}
+        grads = {name: memory.recycled(lora[name].shape, torch.float32) for name in factor_names(lora)}
         grad_x, grad_weights = memory.empty(x.shape, torch.float32), memory.empty(weights.shape, torch.float32)
         grad_x_lora = memory.empty(x.shape, torch.float32) if "x" in lora else None
+        gate, up, low_rank = kept
+        if low_rank is not None:
+            lora = {**lora, "low_rank": low_rank}
         arguments = {**lora, **{f"grad_{name}": grad for name, grad in grads.items()}}
         native.backward(
-            *packed.native_args(), x, ids, weights, arguments, *kept, int8,
+            *packed.native_args(), x, ids, weights, arguments, gate, up, int8,
             grad_out, grad_x, grad_x_lora, grad_weights,
         )  # fmt: skip
         return grad_x, grad_weights, grad_x_lora, grads

@@ -1,8 +1,25 @@
-"""Large host buffers on transparent huge pages where the system has them: fewer page faults and TLB misses."""
+"""Large host buffers: on transparent huge pages where the system has them, and used again where they come every step.
+
+A fresh page costs a fault and is cleared by the kernel first, which for the factor gradients of a layer takes longer
+than computing them; and what exceeds 32 MiB the C library returns to the system at every free. ``recycled`` therefore
+takes the memory of an earlier such tensor of the same size, once that tensor and all its views and storages are gone.
+
+What is kept for later is bounded twice. Kept and used buffers together are never more than were in use at once, so a
+process never holds more than it once needed. And a kept buffer is marked MADV_FREE: the system takes its pages back as
+soon as it needs memory, and until then using it again costs nothing.
+https://man7.org/linux/man-pages/man2/madvise.2.html
+"""
 
 from __future__ import annotations
 
+import contextlib
+import math
+import mmap
+import os
+import weakref
+from collections import deque
 from collections.abc import Sequence
+from threading import Lock
 
 import torch
 from torch import Tensor
@@ -10,19 +27,96 @@ from torch import Tensor
 from kt_sft import native
 
 _LARGE = 4 << 20  # bytes: a buffer with whole huge pages in it
+_RECYCLED = 1 << 20  # bytes: below, the C library's own free lists do
+_HUGE_PAGE = 2 << 20
+_MADV_FREE = 8  # Linux; the mmap module has the name only if Python was built with headers that had it
 
 
 def empty(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     """``torch.empty`` on the CPU."""
-    return _on_huge_pages(torch.empty(shape, dtype=dtype))
-
-
-def zeros(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """``torch.zeros`` on the CPU, which leaves the first touch of a large buffer to its user."""
-    return _on_huge_pages(torch.zeros(shape, dtype=dtype))
-
-
-def _on_huge_pages(tensor: Tensor) -> Tensor:
+    tensor = torch.empty(shape, dtype=dtype)
     if tensor.nbytes >= _LARGE:
         native.wish_huge_pages(tensor)
     return tensor
+
+
+def recycled(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """``torch.empty`` on the CPU, of memory that earlier tensors of this function gave back. It cannot be resized."""
+    count = math.prod(shape)
+    nbytes = count * dtype.itemsize
+    if nbytes < _RECYCLED:
+        return torch.empty(shape, dtype=dtype)
+    return torch.frombuffer(_recycler.take(nbytes), dtype=dtype, count=count).view(shape)
+
+
+class Recycler:
+    """Private anonymous mappings, lent out as memoryviews and taken back when the last reference to a view is gone.
+
+    A view dies in any thread, also in the garbage collector while ``take`` runs: giving back is one append, and all
+    else happens in ``take`` under a lock. A forked child has copies of the mappings and keeps its own account of them.
+    """
+
+    def __init__(self) -> None:
+        self._returned: deque[mmap.mmap] = deque()
+        self._kept: list[mmap.mmap] = []  # oldest first
+        self._kept_bytes = self._used_bytes = self._most_bytes = 0
+        self._lock = Lock()
+
+    def take(self, nbytes: int) -> memoryview:
+        """A writable view of at least ``nbytes`` with any contents."""
+        size = -(-nbytes // _HUGE_PAGE) * _HUGE_PAGE
+        with self._lock:
+            self._collect()
+            mapping = self._pop(size) or _new_mapping(size)
+            self._used_bytes += size
+            self._most_bytes = max(self._most_bytes, self._used_bytes)
+            while self._used_bytes + self._kept_bytes > self._most_bytes:
+                self._kept_bytes -= len(self._kept[0])
+                self._kept.pop(0).close()
+        view = memoryview(mapping)
+        weakref.finalize(view, self._give_back, mapping).atexit = False
+        return view
+
+    def held_bytes(self) -> tuple[int, int]:
+        """In use, and kept for later."""
+        with self._lock:
+            self._collect()
+            return self._used_bytes, self._kept_bytes
+
+    def _give_back(self, mapping: mmap.mmap) -> None:
+        _advise(mapping, _MADV_FREE)
+        self._returned.append(mapping)
+
+    def _collect(self) -> None:
+        while self._returned:
+            mapping = self._returned.popleft()
+            self._used_bytes -= len(mapping)
+            self._kept_bytes += len(mapping)
+            self._kept.append(mapping)
+
+    def _pop(self, size: int) -> mmap.mmap | None:
+        """The kept buffer of this size that was used last."""
+        for i in reversed(range(len(self._kept))):
+            if len(self._kept[i]) == size:
+                self._kept_bytes -= size
+                return self._kept.pop(i)
+        return None
+
+    def replace_lock(self) -> None:
+        """In a forked child: a thread that exists no more may have held the lock."""
+        self._lock = Lock()
+
+
+def _new_mapping(size: int) -> mmap.mmap:
+    mapping = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    _advise(mapping, mmap.MADV_HUGEPAGE)
+    return mapping
+
+
+def _advise(mapping: mmap.mmap, advice: int) -> None:
+    with contextlib.suppress(OSError):  # only a wish: a kernel may know no huge pages, or not free locked memory
+        mapping.madvise(advice)
+
+
+_recycler = Recycler()
+os.register_at_fork(after_in_child=_recycler.replace_lock)

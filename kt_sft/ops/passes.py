@@ -65,7 +65,7 @@ class Forward:
         call = self.call
         self.transfer.wait()
         inputs = Inputs(call.packed, self._x, self._ids, self._weights, self._lora, call.int8)
-        out_TD, *self._kept = call.kernels.forward(inputs, call.retain)
+        out_TD, self._kept = call.kernels.forward(inputs, call.retain)
         out_TD = self.transfer.to_device(out_TD, *self._target)
         self.transfer.sent()
         return out_TD
@@ -82,8 +82,8 @@ class Backward:
         self, call: Call, weights_dtype: torch.dtype, saved: tuple[Tensor | None, ...], grad_out_TD: Tensor
     ) -> None:
         """``saved`` is :meth:`Forward.saved`, then the factors."""
-        self.call, self._saved = call, saved[:6]
-        factors: Any = saved[6:]
+        self.call, self._saved = call, saved[:7]
+        factors: Any = saved[7:]
         target = _Target(grad_out_TD.device, grad_out_TD.dtype)
         self._targets = [target, target._replace(dtype=weights_dtype), target]
         self._targets += [_Target(f.device, f.dtype) for f in factors]
@@ -94,13 +94,13 @@ class Backward:
 
     def run(self) -> tuple[Tensor | None, ...]:
         """grad_x_TD, grad_weights_TK, grad_x_lora_TD or None, then one gradient per factor."""
-        x, ids, weights, x_lora, *kept = self._saved
+        x, ids, weights, x_lora, gate, up, low_rank = self._saved
         assert x is not None and ids is not None and weights is not None
         lora = self._lora if x_lora is None else {**self._lora, "x": x_lora}
         self.transfer.wait()
         inputs = Inputs(self.call.packed, x, ids, weights, lora, self.call.int8)
         grad_x_TD, grad_weights_TK, grad_x_lora_TD, factor_grads = self.call.kernels.backward(
-            inputs, (kept[0], kept[1]), self._grad_out
+            inputs, (gate, up, low_rank), self._grad_out
         )
         grads = (grad_x_TD, grad_weights_TK, grad_x_lora_TD, *(factor_grads[n] for n in self.call.factor_names))
         sent = tuple(

@@ -111,14 +111,15 @@ def _activation_lines(parts: ModelParts, job: Job) -> list[Line]:
 
 
 def saved_bytes(parts: ModelParts, job: Job) -> int:
-    """What the experts keep for backward: x (T, D) bf16, routing 12 B per routed row, and G and U (2F bf16) to retain.
+    """What the experts keep for backward: x (T, D) bf16, routing 12 B per routed row, and to retain G and U (2F bf16),
+    with adapters X A^T of both (2R bf16).
 
     With gradient checkpointing one layer at a time is alive, else all are.
     """
     T, K = job.tokens, parts.top_k
     layers = []
     for g in parts.experts:
-        kept = 2 * 2 * g.intermediate * T * K if job.activation_policy == "retain" else 0
+        kept = 2 * 2 * (g.intermediate + job.expert_rank) * T * K if job.activation_policy == "retain" else 0
         layers += [2 * T * g.hidden + 12 * T * K + kept] * g.layers
     return max(layers) if job.gradient_checkpointing else sum(layers)
 
@@ -132,10 +133,8 @@ def workspace_bytes(parts: ModelParts, job: Job) -> int:
         D, F = g.hidden, g.intermediate
         rows = min(WAVE_ROWS, job.tokens * parts.top_k + 15 * min(g.experts, job.tokens * parts.top_k))
         width = element * (D + 2 * F) + F // 8  # dO, dG, dU as tiles; partial sums of the routing gradient
-        if recompute or R:
-            width += element * D
         if recompute:
-            width += 2 * 2 * F
+            width += element * D + 2 * 2 * F
         if R:
             width += element * F + 3 * 2 * F + R * (6 * 4 + 11 * element)
         sizes.append(rows * width)

@@ -33,14 +33,14 @@ def shares(ids: torch.Tensor) -> list[torch.Tensor]:
 def test_shares_add_up(call, retain, isa):
     packed, x, ids, weights, lora = call
     grad_out = torch.randn(T, D).bfloat16()
-    out, gate, up = LOCAL.forward(Inputs(packed, x, ids, weights, lora, False), retain)
-    whole = LOCAL.backward(Inputs(packed, x, ids, weights, lora, False), (gate, up), grad_out)
+    out, kept = LOCAL.forward(Inputs(packed, x, ids, weights, lora, False), retain)
+    whole = LOCAL.backward(Inputs(packed, x, ids, weights, lora, False), kept, grad_out)
     parts = []
     for part in shares(ids):
         shared = {**lora, "share": True}
         inputs = Inputs(packed, x, part, weights, shared, False)
-        out_part, gate, up = LOCAL.forward(inputs, retain)
-        parts.append((out_part, LOCAL.backward(inputs, (gate, up), grad_out)))
+        out_part, kept = LOCAL.forward(inputs, retain)
+        parts.append((out_part, LOCAL.backward(inputs, kept, grad_out)))
     assert rms_ratio(sum(p for p, _ in parts), out) < 1e-2
     for i in (0, 1):
         assert rms_ratio(sum(grads[i] for _, grads in parts), whole[i]) < 1e-2

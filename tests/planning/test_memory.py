@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from kt_sft.nn.experts import KtExperts
-from kt_sft.ops import moe_experts, pack_experts
+from kt_sft.ops import ExpertsLora, moe_experts, pack_experts
 from kt_sft.planning import memory
 from kt_sft.planning.job import Job
 from kt_sft.planning.model import ExpertLayers, ModelParts, describe
@@ -71,23 +71,29 @@ def test_adapters_are_those_of_peft(tmp_path, family):
     assert memory.adapter_parameters(parts_of(family), Job(lora_rank=4, expert_lora=False)) == (0, trained[False])
 
 
+@pytest.mark.parametrize("rank", [0, 16])
 @pytest.mark.parametrize("policy", ["retain", "recompute"])
-def test_saved_bytes_are_what_autograd_keeps(policy):
+def test_saved_bytes_are_what_autograd_keeps(policy, rank):
     T, K, E, D, F = 50, 2, 8, 64, 96
     packed = pack_experts(torch.randn(E, F, D), torch.randn(E, F, D), torch.randn(E, D, F), "bf16")
     x = torch.randn(T, D, dtype=torch.bfloat16, requires_grad=True)
     ids, weights = torch.randint(E, (T, K)), torch.rand(T, K)
+    factors = {f"{name}_a": torch.randn(E, rank, D) for name in ("gate", "up")}
+    factors |= {f"{name}_b": torch.randn(E, F, rank) for name in ("gate", "up")}
+    lora = ExpertsLora(**factors) if rank else None
+    parameters = {factor.data_ptr() for factor in factors.values()}
     kept = {}
 
     def pack(tensor):
-        kept[tensor.data_ptr()] = tensor.nbytes
+        if tensor.data_ptr() not in parameters:
+            kept[tensor.data_ptr()] = tensor.nbytes
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        moe_experts(x, ids, weights, packed, activation_policy=policy)
+        moe_experts(x, ids, weights, packed, lora, activation_policy=policy)
     layer = ExpertLayers(layers=3, experts=E, hidden=D, intermediate=F)
     parts = replace(parts_of("mixtral"), experts=(layer,), top_k=K)
-    job = Job(cutoff_len=T, activation_policy=policy)
+    job = Job(cutoff_len=T, activation_policy=policy, lora_rank=rank)
     assert memory.saved_bytes(parts, job) == pytest.approx(sum(kept.values()), rel=0.02)
     assert memory.saved_bytes(parts, replace(job, gradient_checkpointing=False)) == 3 * memory.saved_bytes(parts, job)
 
