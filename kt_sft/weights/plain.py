@@ -11,6 +11,7 @@ checkpoint has changed since (the shards' names, sizes and times, config.json) i
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import logging
@@ -31,7 +32,6 @@ from tqdm import tqdm
 from .cache import build_lock
 from .checkpoint import INDEX, Checkpoint
 from .formats import MAIN, format_of, open_checkpoint
-from .formats_float import Float
 from .stored import Stored, matrix_of, partner
 
 logger = logging.getLogger(__name__)
@@ -40,6 +40,7 @@ IDENTITY = "kt_sft.json"  # what the copy was made from
 _VERSION = 1
 _SHARD = 1 << 30  # bytes gathered before they are written
 _LAYER = re.compile(r"(.*?\blayers)\.(\d+)\.")
+_FLOATS = ("BF16", "F16", "F32", "F64")
 _UNUSED = (".input_scale",)  # of quantised activations
 
 
@@ -51,11 +52,10 @@ def quantised_matrices(checkpoint: Checkpoint, is_expert: Callable[[str], bool])
     found = {}
     for name in checkpoint.names():
         matrix = next(filter(None, (matrix_of(name, suffix) for suffix in MAIN)), None)
-        if matrix is None or is_expert(name) or len(checkpoint.shape(name)) < 2:
+        unquantised = checkpoint.dtype(name) in _FLOATS or len(checkpoint.shape(name)) < 2
+        if matrix is None or unquantised or is_expert(name):
             continue
         stored = Stored(checkpoint, matrix)
-        if checkpoint.dtype(name) in ("BF16", "F16", "F32", "F64") or format_of(stored) is Float:
-            continue
         found[matrix] = [partner(matrix, suffix) for suffix in format_of(stored).tensors(stored)]
     return found
 
@@ -150,7 +150,7 @@ def _unused_layers(checkpoint: Checkpoint, is_expert: Callable[[str], bool]) -> 
     """Tells the tensors of multi-token-prediction layers: those of the decoder beyond its ``num_hidden_layers``."""
     config = checkpoint.folder / "config.json"
     settings = json.loads(config.read_bytes()) if config.is_file() else {}
-    count = settings.get("num_hidden_layers")
+    count = (settings.get("text_config") or settings).get("num_hidden_layers")
     decoders = {m[1] for m in map(_LAYER.match, filter(is_expert, checkpoint.names())) if m}
 
     def unused(name: str) -> bool:
@@ -227,8 +227,9 @@ def _explained(path: Path, nbytes: int) -> Iterator[None]:
         path.parent.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(path.parent).free
         if free < nbytes:
-            raise OSError(28, f"{free / 2**30:.2f} GiB are free")
+            raise OSError(errno.ENOSPC, f"{free / 2**30:.2f} GiB are free")
         yield
-    except (OSError, SafetensorError) as error:
+    except (OSError, SafetensorError) as error:  # safetensors gives the number in words only
+        number = getattr(error, "errno", None) or (errno.ENOSPC if "No space left" in str(error) else errno.EIO)
         message = f"{path}: writing {nbytes / 2**30:.2f} GiB of dequantised weights failed: {error}; {remedy}"
-        raise OSError(getattr(error, "errno", None) or 5, message) from error
+        raise OSError(number, message) from error
