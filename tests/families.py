@@ -175,6 +175,9 @@ def rms_ratio(got: torch.Tensor, expected: torch.Tensor) -> float:
     return float(error / scale)
 
 
+STACKS = (("gate_up_proj", "down_proj"), ("w_in", "w_out"))  # of transformers 5, and of tests/models/remote_model.py
+
+
 def dense_weights(tuned: Any, reference: Any, scaling: float = 2.0) -> tuple[dict[str, Any], dict[str, Any]]:
     """The oracle of LoRA: the reference's parameters with W + scaling * B A for every adapted W of ``tuned``.
 
@@ -187,17 +190,19 @@ def dense_weights(tuned: Any, reference: Any, scaling: float = 2.0) -> tuple[dic
             continue
         b = leaves[name.replace("lora_A", "lora_B")]
         path = name.split(".lora_A.")[0].removeprefix("base_model.model.")
-        if ".experts." not in path:
+        if b.ndim == 2:
             weights[f"{path}.weight"] = weights[f"{path}.weight"] + scaling * b @ a
             continue
         base, projection = path.rsplit(".", 1)
         delta = scaling * torch.einsum("eor,eri->eoi", b, a)
-        if f"{base}.down_proj" in weights:  # fused, transformers 5
+        stacks = next((pair for pair in STACKS if f"{base}.{pair[1]}" in weights), None)
+        if stacks is not None:
             part = {"up_proj": 1, "w3": 1}.get(projection, 0)
-            key = f"{base}.down_proj" if projection in ("down_proj", "w2") else f"{base}.gate_up_proj"
+            is_down = projection in ("down_proj", "w2")
+            key = f"{base}.{stacks[is_down]}"
             zero = torch.zeros_like(delta)
             halves = [delta, zero] if part == 0 else [zero, delta]
-            weights[key] = weights[key] + (delta if key.endswith("down_proj") else torch.cat(halves, dim=1))
+            weights[key] = weights[key] + (delta if is_down else torch.cat(halves, dim=1))
         else:
             for e in range(delta.shape[0]):
                 weights[f"{base}.{e}.{projection}.weight"] = weights[f"{base}.{e}.{projection}.weight"] + delta[e]

@@ -297,7 +297,7 @@ def _no_experts(model: Any) -> ValueError:
     found = f"experts of an unsupported kind ({', '.join(similar)})" if similar else "a model without routed experts"
     return ValueError(
         f"{type(model).__name__}: expected experts with the common interface of transformers 5, got {found}; "
-        "load it without kt_sft (use_kt: false)"
+        "name them with family_rules (docs/formats.md), or load it without kt_sft (use_kt: false)"
     )
 
 
