@@ -105,9 +105,9 @@ def write(folder: Path, tensors: dict[str, Tensor], config: dict[str, Any]) -> P
     return folder
 
 
-def checkpoints(layout: Layout, tmp_path: Path) -> tuple[Path, Path]:
+def checkpoints(layout: Layout, tmp_path: Path, **sizes: int) -> tuple[Path, Path]:
     """The published checkpoint and its dequantised twin."""
-    plain = save_checkpoint(tiny_model(layout.family, **layout.sizes), tmp_path / "plain")
+    plain = save_checkpoint(tiny_model(layout.family, **layout.sizes, **sizes), tmp_path / "plain")
     tensors: dict[str, Tensor] = {}
     for shard in sorted(plain.glob("*.safetensors")):
         tensors |= {k: v.bfloat16() if v.ndim > 1 else v for k, v in load_file(shard).items()}

@@ -37,9 +37,9 @@ def _modules_cache(tmp_path_factory: Any, monkeypatch: Any) -> None:
     monkeypatch.syspath_prepend(folder)
 
 
-def write(folder: Path, kind: str) -> Path:
+def write_remote(folder: Path, kind: str, **sizes: int) -> Path:
     torch.manual_seed(0)
-    model = remote_model.BazaarForCausalLM(remote_model.BazaarConfig(kind=kind))
+    model = remote_model.BazaarForCausalLM(remote_model.BazaarConfig(kind=kind, **sizes))
     for name, parameter in model.named_parameters():
         if parameter.ndim > 1:
             torch.nn.init.normal_(parameter, std=0.15)
@@ -73,7 +73,7 @@ def logits(model: Any) -> torch.Tensor:
 
 
 def test_logits_and_lora_gradients(kind: str, tmp_path: Path, caplog: Any, capsys: Any) -> None:
-    folder = write(tmp_path, kind)
+    folder = write_remote(tmp_path, kind)
     model, reference = ours(folder, RULES[kind]), stock(folder)
     assert "UNEXPECTED" not in caplog.text + capsys.readouterr().err
     assert "transformers_modules" in type(model).__module__
@@ -86,13 +86,13 @@ def test_logits_and_lora_gradients(kind: str, tmp_path: Path, caplog: Any, capsy
 
 
 def test_convert_model_takes_the_same_rule(kind: str, tmp_path: Path) -> None:
-    folder = write(tmp_path, kind)
+    folder = write_remote(tmp_path, kind)
     converted = convert_model(stock(folder), weight_format="bf16", family_rules=[RULES[kind]])
     assert torch.equal(logits(converted), logits(ours(folder, RULES[kind])))
 
 
 def test_how_often_the_kernels_are_called(kind: str, tmp_path: Path, monkeypatch: Any) -> None:
-    model = ours(write(tmp_path, kind), RULES[kind])
+    model = ours(write_remote(tmp_path, kind), RULES[kind])
     made = []
     forward = KtExperts.forward
     monkeypatch.setattr(KtExperts, "forward", lambda *args, **kwargs: made.append(1) or forward(*args, **kwargs))
@@ -104,7 +104,7 @@ def test_how_often_the_kernels_are_called(kind: str, tmp_path: Path, monkeypatch
 
 
 def test_quantised_experts_and_a_quantised_rest(tmp_path: Path) -> None:
-    folder = write(tmp_path / "model", "loop")
+    folder = write_remote(tmp_path / "model", "loop")
     tensors = load_file(folder / "model.safetensors")
     twin = dict(tensors)
     for name, value in list(tensors.items()):
@@ -126,7 +126,7 @@ def test_quantised_experts_and_a_quantised_rest(tmp_path: Path) -> None:
 
 
 def test_transposed_and_interleaved_stacks(tmp_path: Path) -> None:
-    folder = write(tmp_path / "model", "bank")
+    folder = write_remote(tmp_path / "model", "bank")
     expected = logits(stock(folder))
     tensors = load_file(folder / "model.safetensors")
     for name in [name for name in tensors if ".stalls." in name]:
@@ -163,7 +163,7 @@ WRONG = {
 def test_rules_that_do_not_fit_are_refused(case: str, tmp_path: Path) -> None:
     rule, kind, message = WRONG[case]
     with pytest.raises(ValueError, match=f"family_rules: .*{message}"):
-        ours(write(tmp_path, kind), rule)
+        ours(write_remote(tmp_path, kind), rule)
 
 
 def test_a_rule_for_a_model_without_such_modules(tmp_path: Path) -> None:
@@ -173,7 +173,7 @@ def test_a_rule_for_a_model_without_such_modules(tmp_path: Path) -> None:
 
 def test_without_a_rule_the_refusal_names_it(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="family_rules"):
-        ours(write(tmp_path, "bank"))
+        ours(write_remote(tmp_path, "bank"))
 
 
 def test_a_rule_may_describe_a_known_model_too(tmp_path: Path) -> None:
