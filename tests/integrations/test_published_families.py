@@ -29,18 +29,23 @@ TEMPLATES = {
 }
 SPARE = 32  # rows of the embedding for tokens that a template adds
 QUICK = ("deepseek_v3", "minimax_m2", "qwen3_5_moe", "remote")
-GROUPS = {"quick": QUICK, "slow": [name for name in TEMPLATES if name not in QUICK]}
-CASES = [("quick", name) for name in QUICK] + [
-    pytest.param("slow", name, marks=pytest.mark.slow) for name in GROUPS["slow"]
-]
+SLOW = tuple(name for name in TEMPLATES if name not in QUICK)
 
 
 @pytest.fixture(scope="module")
-def trained(workspace: Any, tmp_path_factory: Any, request: Any) -> Any:
-    """One process for a group of families; their runs are in the workspace's folder."""
-    folder = tmp_path_factory.mktemp("families")
+def quick(workspace: Any, tmp_path_factory: Any) -> Any:
+    return train(workspace, tmp_path_factory.mktemp("families"), QUICK)
+
+
+@pytest.fixture(scope="module")
+def slow(workspace: Any, tmp_path_factory: Any) -> Any:
+    return train(workspace, tmp_path_factory.mktemp("more_families"), SLOW)
+
+
+def train(workspace: Any, folder: Path, names: tuple[str, ...]) -> Any:
+    """One process for several families; their runs are in the workspace's folder."""
     jobs = []
-    for name in GROUPS[request.param]:
+    for name in names:
         model, changes = remote(folder) if name == "remote" else published(folder / name, name)
         config = {"kt_expert_weight_format": "int8", **changes.pop("kt_config", {})}
         args = workspace.training(
@@ -75,8 +80,18 @@ def copy_tokenizer(source: Path, target: Path) -> None:
         shutil.copy(file, target)
 
 
-@pytest.mark.parametrize(("trained", "name"), CASES, indirect=["trained"])
-def test_trains_attention_and_every_expert(trained: Any, name: str) -> None:
+@pytest.mark.parametrize("name", QUICK)
+def test_trains_attention_and_every_expert(quick: Any, name: str) -> None:
+    check(quick, name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SLOW)
+def test_more_families_train_attention_and_every_expert(slow: Any, name: str) -> None:
+    check(slow, name)
+
+
+def check(trained: Any, name: str) -> None:
     losses, adapter = trained.losses(f"family_{name}"), trained.adapter(f"family_{name}")
     assert sorted(losses) == [1, 2] and all(0 < loss < 20 for loss in losses.values())
     pattern = BANK if name == "remote" else EXPERT

@@ -6,7 +6,7 @@ the block's forward loops over; ``method``: a ModuleList behind a method of the 
 
 import torch
 from torch import nn
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import GenerationMixin, PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutput
 
 
@@ -102,7 +102,7 @@ class BazaarModel(BazaarPreTrainedModel):
         return x
 
 
-class BazaarForCausalLM(BazaarPreTrainedModel):
+class BazaarForCausalLM(BazaarPreTrainedModel, GenerationMixin):
     def __init__(self, config):
         super().__init__(config)
         self.model = BazaarModel(config)
