@@ -21,6 +21,7 @@ from functools import cache
 from types import MethodType
 from typing import Any, NoReturn
 
+from packaging.version import Version
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
@@ -124,6 +125,13 @@ def convert_model(model: Any, config: KtConfig | dict[str, Any] | None = None, *
     ``options`` are fields of ``KtConfig`` and override ``config``.
     """
     settings = as_config(config, **options)
+    if settings.weight_format == "auto":
+        settings = replace(settings, weight_format="int8")
+    if settings.weight_format not in ("bf16", "int8", "int4"):
+        raise ValueError(
+            "weight_format: expected bf16, int8, int4 or auto for a model that is loaded already, got "
+            f"{settings.weight_format}; use kt_sft.from_pretrained, which keeps what the checkpoint holds"
+        )
     set_threads(settings)
     swapped = swap_experts(model, settings, ruled.OfModel(model))
     if not swapped:
@@ -239,6 +247,20 @@ def _finish(model: Any) -> None:
     size = sum(m.packed.nbytes for m in experts) / 2**30
     logger.info("%d layers of experts packed as %s: %.2f GiB", len(experts), experts[0].packed.weight_format, size)
     model.save_pretrained = MethodType(_refuse_save, model)
+    _warn_of_attention(model.config)
+
+
+def _warn_of_attention(config: Any) -> None:
+    """Found with 5.6.0, where GLM-5's attention through sdpa looks ahead; 5.23.0 is right."""
+    import transformers
+
+    release = Version(transformers.__version__)
+    if config.model_type == "glm_moe_dsa" and release < Version("5.23") and config._attn_implementation != "eager":
+        logger.warning(
+            "glm_moe_dsa in transformers %s: attention through %s may miss its causal mask; use transformers 5.23 or "
+            "newer, or attn_implementation='eager' (LLaMA-Factory: flash_attn: disabled).",
+            *(release, config._attn_implementation),
+        )
 
 
 def _refuse_save(self: Any, *args: Any, **kwargs: Any) -> NoReturn:

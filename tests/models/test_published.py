@@ -214,3 +214,10 @@ def test_where_only_experts_are_quantised_no_copy_is_made(tmp_path: Path) -> Non
     assert [path for path in (tmp_path / "cache").iterdir() if path.is_dir()] == []
     kept = from_pretrained(folder, cache_dir="none", weight_format="int4")
     assert rms_ratio(logits(kept), logits(stock_model(twin, torch.bfloat16))) < 5e-2
+
+
+def test_quantised_experts_stay_what_they_are(published: Any) -> None:
+    folder, twin, _ = published
+    model = from_pretrained(folder, cache_dir="none", dtype=torch.float32)
+    assert {m.packed.weight_format for m in model.modules() if isinstance(m, KtExperts)} == {"fp8"}
+    assert rms_ratio(logits(model), logits(stock_model(twin))) < 1e-2
