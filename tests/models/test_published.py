@@ -219,5 +219,6 @@ def test_where_only_experts_are_quantised_no_copy_is_made(tmp_path: Path) -> Non
 def test_quantised_experts_stay_what_they_are(published: Any) -> None:
     folder, twin, _ = published
     model = from_pretrained(folder, cache_dir="none", dtype=torch.float32)
-    assert {m.packed.weight_format for m in model.modules() if isinstance(m, KtExperts)} == {"fp8"}
+    kinds = {m.packed.weight_format for m in model.modules() if isinstance(m, KtExperts)}
+    assert kinds <= {"fp8", "fp8_channel"}
     assert rms_ratio(logits(model), logits(stock_model(twin))) < 1e-2
