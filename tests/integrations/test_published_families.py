@@ -28,7 +28,7 @@ TEMPLATES = {
     "qwen3_vl_moe": "qwen3_nothink",
 }
 SPARE = 32  # rows of the embedding for tokens that a template adds
-QUICK = ("deepseek_v3", "minimax_m2", "qwen3_5_moe", "remote")
+QUICK = ("deepseek_v3", "qwen3_vl_moe", "remote")
 SLOW = tuple(name for name in TEMPLATES if name not in QUICK)
 
 

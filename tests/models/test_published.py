@@ -95,7 +95,12 @@ THINKING = Layout(
     sizes={"hidden_size": 160, "moe_intermediate_size": 96},
     kept=r"^(?!.*\.experts\.)",
 )
-HERE = [name for name, layout in LAYOUTS.items() if layout.family in FAMILIES]
+QUICK = ("deepseek_v3", "glm4_moe", "minimax_m2", "qwen3_vl_moe")
+HERE = [
+    name if name in QUICK else pytest.param(name, marks=pytest.mark.slow)
+    for name, layout in LAYOUTS.items()
+    if layout.family in FAMILIES
+]
 
 
 def write(folder: Path, tensors: dict[str, Tensor], config: dict[str, Any]) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
 from pathlib import Path
@@ -9,12 +10,13 @@ from typing import Any
 
 import pytest
 import torch
+from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from kt_sft.models.convert import convert_model, from_pretrained
 from kt_sft.nn.experts import KtExperts
-from tests.families import lora_errors, rms_ratio, tiny_model, token_ids
+from tests.families import lora_errors, rms_ratio, tiny_model, token_ids, with_lora
 from tests.models import remote_model
 from tests.weights import published
 
@@ -101,6 +103,19 @@ def test_how_often_the_kernels_are_called(kind: str, tmp_path: Path, monkeypatch
         assert 2 < len(made) <= 16
     else:
         assert len(made) == 2
+
+
+def test_adapters_are_saved_expert_by_expert_and_load_again(kind: str, tmp_path: Path) -> None:
+    folder = write_remote(tmp_path / "model", kind)
+    tuned = with_lora(ours(folder, RULES[kind])).eval()
+    expected = logits(tuned)
+    tuned.save_pretrained(tmp_path / "adapter")
+    names = ("gate_proj", "up_proj", "down_proj") if kind == "bank" else ("w_gate", "w_up", "w_down")
+    keys = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    for expert, name in itertools.product(range(8), names):
+        assert f"base_model.model.model.streets.1.market.stalls.{expert}.{name}.lora_A.weight" in keys
+    again = PeftModel.from_pretrained(ours(folder, RULES[kind]), tmp_path / "adapter").eval()
+    assert torch.equal(logits(again), expected)
 
 
 def test_quantised_experts_and_a_quantised_rest(tmp_path: Path) -> None:
