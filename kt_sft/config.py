@@ -18,6 +18,8 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from .rules import FamilyRule, parse_rules
+
 logger = logging.getLogger(__name__)
 
 WeightFormat = Literal["auto", "bf16", "int8", "int4", "fp8", "mxfp4", "gguf"]
@@ -92,6 +94,7 @@ class KtConfig:
         weight_path: folder with experts packed beforehand, used instead of the cache.
         expert_checkpoint_path: safetensors or GGUF folder, or GGUF file, of the experts, if not the model's own.
         non_expert_weight_path: folder with the weights of everything but the experts, if not the model's own.
+        family_rules: where the experts of models are that kt_sft does not know (rules.py).
     """
 
     enabled: bool = True
@@ -105,6 +108,7 @@ class KtConfig:
     weight_path: str | None = None
     expert_checkpoint_path: str | None = None
     non_expert_weight_path: str | None = None
+    family_rules: tuple[FamilyRule, ...] = ()
 
     def __post_init__(self) -> None:
         _one_of("weight_format", self.weight_format, WEIGHT_FORMATS)
@@ -132,6 +136,11 @@ class KtConfig:
         value = self.num_threads
         if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
             raise ValueError(f"num_threads: expected a whole number of at least 1, got {value!r}; leave it out for all")
+        if self.family_rules != ():
+            try:
+                object.__setattr__(self, "family_rules", parse_rules(self.family_rules))
+            except ValueError as error:
+                raise ValueError(f"family_rules: {error}") from None
         for name in _PATHS:
             value = getattr(self, name)
             if value is not None and (not isinstance(value, str | os.PathLike) or not os.fspath(value)):
@@ -311,4 +320,6 @@ def _parse(key: str, name: str, field: str, raw: Any, source: str) -> Any:
         return _activation_policy(where, raw)
     if field in _NUMBERS:
         return _integer(where, raw)
+    if field == "family_rules":
+        return tuple(raw) if isinstance(raw, list) else raw
     return raw

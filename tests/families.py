@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 
 COMMON: dict[str, Any] = dict(
     vocab_size=96,
@@ -40,8 +41,30 @@ DEEPSEEK: dict[str, Any] = dict(
 QWEN: dict[str, Any] = dict(
     intermediate_size=80, moe_intermediate_size=40, num_experts=8, num_experts_per_tok=2, norm_topk_prob=True
 )
-# family -> (model_type, settings beside COMMON)
-FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+LINEAR_ATTENTION: dict[str, Any] = dict(
+    layer_types=["linear_attention", "full_attention"],
+    linear_conv_kernel_dim=4,
+    linear_key_head_dim=16,
+    linear_value_head_dim=16,
+    linear_num_key_heads=2,
+    linear_num_value_heads=4,
+)
+VISION: dict[str, Any] = dict(
+    depth=2,
+    hidden_size=32,
+    intermediate_size=48,
+    num_heads=2,
+    out_hidden_size=64,
+    num_position_embeddings=16,
+    patch_size=4,
+    spatial_merge_size=2,
+    temporal_patch_size=1,
+)
+MROPE: dict[str, Any] = dict(
+    rope_type="default", rope_theta=10000.0, mrope_section=[4, 2, 2], mrope_interleaved=True, partial_rotary_factor=1.0
+)
+# family -> (model_type, settings beside COMMON; those of a text_config beside COMMON in it)
+ALL: dict[str, tuple[str, dict[str, Any]]] = {
     "mixtral": ("mixtral", dict(intermediate_size=40, num_local_experts=8, num_experts_per_tok=2)),
     "qwen2_moe": ("qwen2_moe", {**QWEN, "shared_expert_intermediate_size": 48, "decoder_sparse_step": 1}),
     "qwen3_moe": ("qwen3_moe", {**QWEN, "head_dim": 16, "decoder_sparse_step": 1}),
@@ -55,22 +78,73 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
     "olmoe": ("olmoe", dict(intermediate_size=40, num_experts=8, num_experts_per_tok=2, norm_topk_prob=False)),
+    "qwen3_next": (
+        "qwen3_next",
+        {**QWEN, **LINEAR_ATTENTION, "shared_expert_intermediate_size": 48, "head_dim": 16, "decoder_sparse_step": 1},
+    ),
+    "qwen3_vl_moe": (
+        "qwen3_vl_moe",
+        dict(
+            text_config={**QWEN, "head_dim": 16, "decoder_sparse_step": 1, "rope_parameters": MROPE},
+            vision_config={**VISION, "deepstack_visual_indexes": [0]},
+        ),
+    ),
+    "qwen3_5_moe": (
+        "qwen3_5_moe",
+        dict(
+            text_config={
+                **{k: QWEN[k] for k in ("moe_intermediate_size", "num_experts", "num_experts_per_tok")},
+                **{**LINEAR_ATTENTION, "shared_expert_intermediate_size": 48, "head_dim": 16, "rope_parameters": MROPE},
+            },
+            vision_config=VISION,
+        ),
+    ),
+    "glm_moe_dsa": (
+        "glm_moe_dsa",
+        {
+            **{k: v for k, v in DEEPSEEK.items() if k != "first_k_dense_replace"},
+            **{"mlp_layer_types": ["dense", "sparse"], "index_topk": 4, "index_head_dim": 16, "index_n_heads": 2},
+        },
+    ),
+    "minimax_m2": (
+        "minimax_m2",
+        dict(intermediate_size=40, num_local_experts=8, num_experts_per_tok=2, head_dim=16, rotary_dim=8),
+    ),
 }
+MOE_LAYERS = {"deepseek_v2": 1, "deepseek_v3": 1, "glm4_moe": 1, "glm_moe_dsa": 1}  # of the two; otherwise both
+NEED_TRANSFORMERS_5 = ("qwen3_vl_moe", "qwen3_5_moe", "glm_moe_dsa", "minimax_m2")
+FAMILIES = {k: v for k, v in ALL.items() if transformers.__version__ >= "5" or k not in NEED_TRANSFORMERS_5}
 
 
 def tiny_config(family: str, **overrides: Any) -> Any:
     from transformers import AutoConfig
 
     model_type, settings = FAMILIES[family]
+    if "text_config" in settings:
+        text = {**COMMON, **settings["text_config"], **overrides}
+        return AutoConfig.for_model(model_type, **{**settings, "text_config": text})
     return AutoConfig.for_model(model_type, **{**COMMON, **settings, **overrides})
 
 
-def tiny_model(family: str, seed: int = 0, dtype: torch.dtype = torch.float32, **overrides: Any) -> Any:
-    """A random causal language model whose weights are large enough for routing and experts to matter."""
-    from transformers import AutoModelForCausalLM
+def auto_class(config: Any) -> Any:
+    """What LLaMA-Factory loads a model of this configuration with."""
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
+    return AutoModelForImageTextToText if hasattr(config, "vision_config") else AutoModelForCausalLM
+
+
+def stock_model(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
+    """The checkpoint as unmodified transformers loads it."""
+    from transformers import AutoConfig
+
+    return auto_class(AutoConfig.from_pretrained(folder)).from_pretrained(folder, dtype=dtype).eval()
+
+
+def tiny_model(family: str, seed: int = 0, dtype: torch.dtype = torch.float32, **overrides: Any) -> Any:
+    """A random model whose weights are large enough for routing and experts to matter."""
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(tiny_config(family, **overrides)).eval()
+    config = tiny_config(family, **overrides)
+    model = auto_class(config).from_config(config).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.ndim > 1:
@@ -101,6 +175,9 @@ def rms_ratio(got: torch.Tensor, expected: torch.Tensor) -> float:
     return float(error / scale)
 
 
+STACKS = (("gate_up_proj", "down_proj"), ("w_in", "w_out"))  # of transformers 5, and of tests/models/remote_model.py
+
+
 def dense_weights(tuned: Any, reference: Any, scaling: float = 2.0) -> tuple[dict[str, Any], dict[str, Any]]:
     """The oracle of LoRA: the reference's parameters with W + scaling * B A for every adapted W of ``tuned``.
 
@@ -113,18 +190,49 @@ def dense_weights(tuned: Any, reference: Any, scaling: float = 2.0) -> tuple[dic
             continue
         b = leaves[name.replace("lora_A", "lora_B")]
         path = name.split(".lora_A.")[0].removeprefix("base_model.model.")
-        if ".experts." not in path:
+        if b.ndim == 2:
             weights[f"{path}.weight"] = weights[f"{path}.weight"] + scaling * b @ a
             continue
         base, projection = path.rsplit(".", 1)
         delta = scaling * torch.einsum("eor,eri->eoi", b, a)
-        if f"{base}.down_proj" in weights:  # fused, transformers 5
+        stacks = next((pair for pair in STACKS if f"{base}.{pair[1]}" in weights), None)
+        if stacks is not None:
             part = {"up_proj": 1, "w3": 1}.get(projection, 0)
-            key = f"{base}.down_proj" if projection in ("down_proj", "w2") else f"{base}.gate_up_proj"
+            is_down = projection in ("down_proj", "w2")
+            key = f"{base}.{stacks[is_down]}"
             zero = torch.zeros_like(delta)
             halves = [delta, zero] if part == 0 else [zero, delta]
-            weights[key] = weights[key] + (delta if key.endswith("down_proj") else torch.cat(halves, dim=1))
+            weights[key] = weights[key] + (delta if is_down else torch.cat(halves, dim=1))
         else:
             for e in range(delta.shape[0]):
                 weights[f"{base}.{e}.{projection}.weight"] = weights[f"{base}.{e}.{projection}.weight"] + delta[e]
     return weights, leaves
+
+
+def with_lora(model: Any, **options: Any) -> Any:
+    """LoRA of rank 4 with random factors on attention and every expert."""
+    from peft import LoraConfig, get_peft_model
+
+    from kt_sft.integrations import peft as kt_peft
+
+    kt_peft.install()
+    targets = ["q_proj", "o_proj", "kv_b_proj", *kt_peft.expert_target_names(model)]
+    config = LoraConfig(r=4, lora_alpha=8, target_modules=targets, init_lora_weights=False, **options)
+    torch.manual_seed(5)  # no routing near-tie that bf16 products would flip
+    return get_peft_model(model, config)
+
+
+def loss_of(logits: torch.Tensor) -> torch.Tensor:
+    return torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), token_ids()[:, 1:].flatten())
+
+
+def lora_errors(model: Any, reference: Any) -> tuple[float, dict[str, float]]:
+    """RMS ratios of the logits, and of every LoRA gradient by name, to those of the dense ``reference``."""
+    tuned = with_lora(model).eval()
+    weights, leaves = dense_weights(tuned, reference)
+    expected = torch.func.functional_call(reference, weights, (token_ids(),)).logits
+    loss_of(expected).backward()
+    got = tuned(token_ids()).logits
+    loss_of(got).backward()
+    gradients = {n: p.grad for n, p in tuned.named_parameters() if p.requires_grad}
+    return rms_ratio(got.detach(), expected.detach()), {n: rms_ratio(g, leaves[n].grad) for n, g in gradients.items()}

@@ -164,11 +164,14 @@ def _prefer_native_classes(model_args: Any) -> None:
     """Remote modelling code has experts classes of its own: use transformers' class where it has one."""
     if not model_args.trust_remote_code:
         return
-    from transformers import CONFIG_MAPPING, PretrainedConfig
+    from transformers import PretrainedConfig
+
+    from kt_sft.models.source import native_type
 
     config, _ = PretrainedConfig.get_config_dict(model_args.model_name_or_path, revision=model_args.model_revision)
-    if config.get("auto_map") and config.get("model_type") in CONFIG_MAPPING:
-        logger.info("trust_remote_code: using transformers' own %s instead of remote code.", config["model_type"])
+    own = native_type(config)
+    if config.get("auto_map") and own is not None:
+        logger.info("trust_remote_code: using transformers' own %s instead of remote code.", own)
         model_args.trust_remote_code = False
 
 

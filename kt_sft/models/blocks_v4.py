@@ -4,7 +4,7 @@ Two shapes of block exist there:
 
 - blocks with a method ``moe(hidden_states, topk_ids, topk_weights)`` after a router of their own (DeepSeek-V2/V3,
   GLM-4 and their copies): only that method is replaced, by one call of the experts module;
-- four blocks whose forward does softmax routing and the loop in one piece: their forward is replaced by
+- five blocks whose forward does softmax routing and the loop in one piece: their forward is replaced by
   ``softmax_topk_forward``, the same routing followed by one call. They are listed by name, never guessed.
 
     weights, ids = topk(softmax_fp32(gate(x)));  weights /= sum(weights) if the model normalises
@@ -27,6 +27,7 @@ SOFTMAX_TOPK_BLOCKS = {
     "OlmoeSparseMoeBlock",
     "Qwen2MoeSparseMoeBlock",
     "Qwen3MoeSparseMoeBlock",
+    "Qwen3NextSparseMoeBlock",
 }
 
 

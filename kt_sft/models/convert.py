@@ -21,6 +21,7 @@ from functools import cache
 from types import MethodType
 from typing import Any, NoReturn
 
+from packaging.version import Version
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
@@ -29,33 +30,46 @@ from ..config import KtConfig
 from ..distributed.place import threads_of_rank
 from ..nn.experts import KtExperts
 from ..ops import PackedExperts
+from ..weights.checkpoint import Checkpoint, ExpertTensors
 from ..weights.formats import open_checkpoint
 from ..weights.loader import load_experts
-from . import blocks_v4
+from . import blocks_v4, ruled
 from .names import hub_names, locate
-from .quantization import forgotten_quantised_experts
+from .source import readable_weights, unquantised_configurations
 from .spec import MoeSpec, describe_fused, describe_list, is_fused
 
 logger = logging.getLogger(__name__)
 
 StrPath = str | os.PathLike[str]
+Found = list[tuple[str, nn.Module, MoeSpec]]
+Methods = list[tuple[nn.Module, str, MethodType]]
 
 
 def from_pretrained(path: StrPath, *, config: KtConfig | dict[str, Any] | None = None, **options: Any) -> Any:
     """``AutoModelForCausalLM.from_pretrained`` with the routed experts packed on the CPU.
 
+    Vision-language models are loaded by ``AutoModelForImageTextToText``, as LLaMA-Factory does.
+
     ``options`` that are fields of ``KtConfig`` (``weight_format="int4"``, ``activation_policy="recompute"`` ...)
     override ``config``; the others go to transformers (``device_map``, ``dtype``; dtype defaults to the checkpoint's).
     """
-    from transformers import AutoModelForCausalLM
-
     own = {f.name for f in fields(KtConfig)}
     settings = as_config(config, **{k: options.pop(k) for k in list(options) if k in own})
     options.setdefault("dtype", "auto")
     path = os.fspath(path)
     set_threads(settings)
+    source = settings.non_expert_weight_path or path
     with experts_on_cpu(path, settings, revision=options.get("revision")):
-        return AutoModelForCausalLM.from_pretrained(settings.non_expert_weight_path or path, **options)
+        return _auto_class(source, options).from_pretrained(source, **options)
+
+
+def _auto_class(source: str, options: dict[str, Any]) -> Any:
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+
+    named = {k: options[k] for k in ("revision", "trust_remote_code", "token", "cache_dir") if k in options}
+    config = options.get("config") or AutoConfig.from_pretrained(source, **named)
+    pictures = type(config) in AutoModelForImageTextToText._model_mapping
+    return AutoModelForImageTextToText if pictures else AutoModelForCausalLM
 
 
 def as_config(config: KtConfig | dict[str, Any] | None, **overrides: Any) -> KtConfig:
@@ -74,20 +88,32 @@ def experts_on_cpu(model_dir: StrPath, config: KtConfig, *, revision: str | None
 
     base: Any = transformers.PreTrainedModel
     post_init, load = base.post_init, base.__dict__["from_pretrained"]
+    loading: list[type] = []
 
     def post_init_with_swap(self: Any) -> None:
-        swap_experts(self, config)
-        _ignore_expert_keys(self)
+        # A rule names paths in the whole model; the decoder inside it comes by here before.
+        if not (config.family_rules and loading and type(self) is not loading[-1]):
+            swap_experts(self, config, _ruled_tensors(model_dir, config, revision))
+            _ignore_expert_keys(self, config)
         post_init(self)
 
-    def from_pretrained_and_fill(cls: type, *args: Any, **kwargs: Any) -> Any:
-        result = load.__func__(cls, *args, **kwargs)
-        fill_experts(result[0] if isinstance(result, tuple) else result, model_dir, config, revision=revision)
+    def from_pretrained_and_fill(cls: type, name: Any = None, *args: Any, **kwargs: Any) -> Any:
+        name = kwargs.pop("pretrained_model_name_or_path", name)
+        loading.append(cls)
+        try:
+            with readable_weights(name, lambda name: _local(name, revision), config) as folder:
+                result = load.__func__(cls, folder, *args, **kwargs)
+        finally:
+            loading.pop()
+        model = result[0] if isinstance(result, tuple) else result
+        if folder != name:
+            model.name_or_path = model.config._name_or_path = str(name)
+        fill_experts(model, model_dir, config, revision=revision)
         return result
 
     base.post_init, base.from_pretrained = post_init_with_swap, classmethod(from_pretrained_and_fill)
     try:
-        with forgotten_quantised_experts(lambda name: _local(name, revision)):
+        with unquantised_configurations():
             yield
     finally:
         base.post_init, base.from_pretrained = post_init, load
@@ -99,38 +125,36 @@ def convert_model(model: Any, config: KtConfig | dict[str, Any] | None = None, *
     ``options`` are fields of ``KtConfig`` and override ``config``.
     """
     settings = as_config(config, **options)
+    if settings.weight_format == "auto":
+        settings = replace(settings, weight_format="int8")
+    if settings.weight_format not in ("bf16", "int8", "int4"):
+        raise ValueError(
+            "weight_format: expected bf16, int8, int4 or auto for a model that is loaded already, got "
+            f"{settings.weight_format}; use kt_sft.from_pretrained, which keeps what the checkpoint holds"
+        )
     set_threads(settings)
-    swapped = swap_experts(model, settings)
+    swapped = swap_experts(model, settings, ruled.OfModel(model))
     if not swapped:
         raise _no_experts(model)
     sharing = distributed.start(settings.expert_parallel)
-    for _, original, experts in tqdm(swapped, desc="packing experts", unit="layer"):
+    for path, original, experts in tqdm(swapped, desc="packing experts", unit="layer"):
         held = sharing.place.experts(experts.num_experts) if sharing else range(experts.num_experts)
-        packed = _pack(original, experts, settings, held)
+        packed = _pack(path, original, experts, settings, held)
         experts.set_packed(packed, sharing.layer(packed, experts.num_experts) if sharing else None)
         original.to("meta")
     _finish(model)
     return model
 
 
-def swap_experts(model: nn.Module, config: KtConfig) -> list[tuple[str, nn.Module, KtExperts]]:
+def swap_experts(
+    model: nn.Module, config: KtConfig, ruled_tensors: ruled.Source | None = None
+) -> list[tuple[str, nn.Module, KtExperts]]:
     """Exchange every routed-experts module for an empty ``KtExperts``: (path, original, replacement) per layer.
 
-    All of them are checked before the first is exchanged.
+    All of them are checked before the first is exchanged. The tensors that ``config.family_rules`` name are looked up
+    in ``ruled_tensors``.
     """
-    found: list[tuple[str, nn.Module, MoeSpec]] = []
-    methods: list[tuple[nn.Module, str, MethodType]] = []
-    for path, module in model.named_modules():
-        parent_path, _, leaf = path.rpartition(".")
-        if is_fused(module):
-            spec = describe_fused(module, path)
-            names, block_name = hub_names(model, path)
-            found.append((path, module, replace(spec, names=names, block_name=block_name)))
-        elif isinstance(module, nn.ModuleList) and leaf == "experts" and len(module):
-            block = model.get_submodule(parent_path)
-            methods.append((block, *blocks_v4.adapted_method(block, parent_path)))
-            spec = describe_list(module, path)
-            found.append((path, module, replace(spec, block_name=parent_path.rpartition(".")[2])))
+    found, methods = _find_experts(model, config, ruled_tensors)
     for block, name, method in methods:
         setattr(block, name, method)
     swapped = []
@@ -150,13 +174,39 @@ def swap_experts(model: nn.Module, config: KtConfig) -> list[tuple[str, nn.Modul
     return swapped
 
 
+def _find_experts(model: nn.Module, config: KtConfig, ruled_tensors: ruled.Source | None) -> tuple[Found, Methods]:
+    found: Found = []
+    methods: Methods = []
+    inside = ""
+    for path, module in model.named_modules():
+        parent_path, _, leaf = path.rpartition(".")
+        if inside and path.startswith(inside):
+            continue
+        rule = ruled.rule_for(path, config.family_rules)
+        if rule is not None and ruled_tensors is not None:
+            found.append((path, module, ruled.describe_ruled(module, path, rule, ruled_tensors)))
+            methods += ruled.caller(model, module, path, rule)
+            inside = f"{path}."
+        elif is_fused(module):
+            spec = describe_fused(module, path)
+            names, block_name = hub_names(model, path)
+            found.append((path, module, replace(spec, names=names, block_name=block_name)))
+        elif isinstance(module, nn.ModuleList) and leaf == "experts" and len(module):
+            block = model.get_submodule(parent_path)
+            methods.append((block, *blocks_v4.adapted_method(block, parent_path)))
+            spec = describe_list(module, path)
+            found.append((path, module, replace(spec, block_name=parent_path.rpartition(".")[2])))
+    ruled.require_used(config.family_rules, [path for path, *_ in found], model)
+    return found, methods
+
+
 def fill_experts(model: Any, model_dir: StrPath, config: KtConfig, *, revision: str | None = None) -> None:
     """Load and pack the experts of every empty ``KtExperts`` in the model from the checkpoint."""
     layers = {path: m for path, m in model.named_modules() if isinstance(m, KtExperts)}
     if not layers:
         raise _no_experts(model)
     directory = _local(config.expert_checkpoint_path or model_dir, revision)
-    available = set(open_checkpoint(directory).names())
+    checkpoint = open_checkpoint(directory)
     empty = {path: m for path, m in layers.items() if not m.is_loaded}
     by_size: dict[tuple[int, int, int], dict[str, KtExperts]] = {}
     for path, m in empty.items():
@@ -165,7 +215,7 @@ def fill_experts(model: Any, model_dir: StrPath, config: KtConfig, *, revision: 
     for (num_experts, hidden, intermediate), group in by_size.items():
         packed = load_experts(
             directory,
-            {path: locate(path, m, model.base_model_prefix, available) for path, m in group.items()},
+            {path: _tensors(path, m, model, checkpoint, config) for path, m in group.items()},
             num_experts=num_experts,
             hidden_size=hidden,
             intermediate_size=intermediate,
@@ -197,6 +247,20 @@ def _finish(model: Any) -> None:
     size = sum(m.packed.nbytes for m in experts) / 2**30
     logger.info("%d layers of experts packed as %s: %.2f GiB", len(experts), experts[0].packed.weight_format, size)
     model.save_pretrained = MethodType(_refuse_save, model)
+    _warn_of_attention(model.config)
+
+
+def _warn_of_attention(config: Any) -> None:
+    """Found with 5.6.0, where GLM-5's attention through sdpa looks ahead; 5.23.0 is right."""
+    import transformers
+
+    release = Version(transformers.__version__)
+    if config.model_type == "glm_moe_dsa" and release < Version("5.23") and config._attn_implementation != "eager":
+        logger.warning(
+            "glm_moe_dsa in transformers %s: attention through %s may miss its causal mask; use transformers 5.23 or "
+            "newer, or attn_implementation='eager' (LLaMA-Factory: flash_attn: disabled).",
+            *(release, config._attn_implementation),
+        )
 
 
 def _refuse_save(self: Any, *args: Any, **kwargs: Any) -> NoReturn:
@@ -206,9 +270,21 @@ def _refuse_save(self: Any, *args: Any, **kwargs: Any) -> NoReturn:
     )
 
 
-def _ignore_expert_keys(model: Any) -> None:
+def _tensors(path: str, experts: KtExperts, model: Any, checkpoint: Checkpoint, config: KtConfig) -> ExpertTensors:
+    rule = ruled.rule_for(path, config.family_rules)
+    return ruled.tensors_of(path, rule) if rule else locate(path, experts, model.base_model_prefix, checkpoint)
+
+
+def _ruled_tensors(model_dir: StrPath, config: KtConfig, revision: str | None) -> ruled.Source | None:
+    if not config.family_rules:
+        return None
+    return ruled.OfCheckpoint(open_checkpoint(_local(config.expert_checkpoint_path or model_dir, revision)))
+
+
+def _ignore_expert_keys(model: Any, config: KtConfig) -> None:
     """Tell transformers that the expert tensors of the exchanged layers are left out on purpose."""
     patterns = list(model._keys_to_ignore_on_load_unexpected or [])
+    patterns += [rf"(?:^|\.){pattern}$" for rule in config.family_rules for pattern in rule.patterns()]
     for path, module in model.named_modules():
         if isinstance(module, KtExperts):
             before, _, leaf = path.rsplit(".", 2)
@@ -216,11 +292,12 @@ def _ignore_expert_keys(model: Any) -> None:
     model._keys_to_ignore_on_load_unexpected = patterns
 
 
-def _pack(original: nn.Module, experts: KtExperts, config: KtConfig, held: range) -> PackedExperts:
+def _pack(path: str, original: nn.Module, experts: KtExperts, config: KtConfig, held: range) -> PackedExperts:
+    rule = ruled.rule_for(path, config.family_rules)
     D, F = experts.hidden_size, experts.intermediate_size
     packed = PackedExperts.empty(len(held), D, F, config.weight_format, config.group_size)
     for index, expert in enumerate(held):
-        matrices = _expert(original, experts, expert)
+        matrices = ruled.ruled_expert(original, path, rule, expert) if rule else _expert(original, experts, expert)
         if any(m.is_meta for m in matrices):
             raise ValueError("convert_model: expected loaded weights, got a meta model; use kt_sft.from_pretrained")
         packed.pack_expert_(index, *(m.cpu() for m in matrices))
@@ -242,7 +319,7 @@ def _no_experts(model: Any) -> ValueError:
     found = f"experts of an unsupported kind ({', '.join(similar)})" if similar else "a model without routed experts"
     return ValueError(
         f"{type(model).__name__}: expected experts with the common interface of transformers 5, got {found}; "
-        "load it without kt_sft (use_kt: false)"
+        "name them with family_rules (docs/formats.md), or load it without kt_sft (use_kt: false)"
     )
 
 

@@ -8,11 +8,10 @@ layouts a checkpoint really has.
 from __future__ import annotations
 
 import re
-from collections.abc import Collection
 from typing import Any
 
 from ..nn.experts import KtExperts, ProjectionNames
-from ..weights.checkpoint import ExpertTensors
+from ..weights.checkpoint import Checkpoint, ExpertTensors
 from ..weights.formats import is_stored
 from .spec import TRIPLES
 
@@ -42,8 +41,8 @@ def _renamer(model: Any) -> Any:
     return lambda key: core_model_loading.rename_source_key(key, renamings, converters)[0]
 
 
-def locate(path: str, experts: KtExperts, base_prefix: str, available: Collection[str]) -> ExpertTensors:
-    """The tensors of one layer among the ``available`` checkpoint names; ValueError if there are none.
+def locate(path: str, experts: KtExperts, base_prefix: str, checkpoint: Checkpoint) -> ExpertTensors:
+    """The tensors of one layer in the checkpoint; ValueError if there are none.
 
     Looked for, in this order: hub-style per-expert names, per-expert names under the module's own path, fused names;
     each with and without the model's base prefix (checkpoints saved from the bare decoder lack it); then llama.cpp's.
@@ -55,30 +54,43 @@ def locate(path: str, experts: KtExperts, base_prefix: str, available: Collectio
     bases = [hub, own, *(base.removeprefix(stripped) for base in (hub, own)), f"{stripped}{hub}", f"{stripped}{own}"]
     for base in dict.fromkeys(bases):
         for names in dict.fromkeys([experts.names, *TRIPLES]):
-            if is_stored(f"{base}.0.{names.gate}.weight", available):
+            if is_stored(f"{base}.0.{names.gate}.weight", checkpoint):
                 gate, up, down = (f"{base}.{{expert}}.{name}.weight" for name in names)
                 return ExpertTensors(gate=gate, up=up, down=down)
         for suffix in ("", ".weight"):
-            if is_stored(f"{base}.gate_up_proj{suffix}", available):
-                return _fused(f"{base}.gate_up_proj{suffix}", f"{base}.down_proj{suffix}", available)
+            if is_stored(f"{base}.gate_up_proj{suffix}", checkpoint):
+                return _fused(f"{base}.gate_up_proj{suffix}", f"{base}.down_proj{suffix}", experts, checkpoint)
     for number in re.findall(r"\blayers\.(\d+)\.", path):
         gate, up, down = (f"blk.{number}.ffn_{name}_exps.weight" for name in ("gate", "up", "down"))
-        if gate in available:
+        if gate in checkpoint:
             return ExpertTensors(gate=gate, up=up, down=down)
-    near = sorted(name for name in available if f".{path.rsplit('.', 3)[-3]}." in name and ".experts." in name)[:3]
+    near = sorted(
+        name for name in checkpoint.names() if f".{path.rsplit('.', 3)[-3]}." in name and ".experts." in name
+    )[:3]
     raise ValueError(
         f"experts of {path}: expected tensors such as {hub}.0.{experts.names.gate}.weight, got "
         f"{near or 'no expert tensors of this layer'}; check that the checkpoint is complete and of this model"
     )
 
 
-def _fused(gate_up: str, down: str, available: Collection[str]) -> ExpertTensors:
+def _fused(gate_up: str, down: str, experts: KtExperts, checkpoint: Checkpoint) -> ExpertTensors:
     """gpt-oss, whose stacks end in ``_blocks``, has gate and up in alternating rows; biases are optional."""
-    gate_up_bias, down_bias = (f"{name}_bias" if f"{name}_bias" in available else None for name in (gate_up, down))
-    interleaved = f"{gate_up}_blocks" in available
+    gate_up_bias, down_bias = (f"{name}_bias" if f"{name}_bias" in checkpoint else None for name in (gate_up, down))
     return ExpertTensors(
-        gate_up=gate_up, down=down, interleaved=interleaved, gate_up_bias=gate_up_bias, down_bias=down_bias
+        gate_up=gate_up,
+        down=down,
+        interleaved=f"{gate_up}_blocks" in checkpoint,
+        transposed=_transposed(gate_up, down, experts, checkpoint),
+        gate_up_bias=gate_up_bias,
+        down_bias=down_bias,
     )
+
+
+def _transposed(gate_up: str, down: str, experts: KtExperts, checkpoint: Checkpoint) -> bool:
+    """Whether the stacks are (E, D, 2F) and (E, F, D), as Qwen3-VL's; at most one of the two can be square."""
+    D, F = experts.hidden_size, experts.intermediate_size
+    pairs = ((gate_up, (D, 2 * F)), (down, (F, D)))
+    return any(n in checkpoint and checkpoint.shape(n)[1:] == s and s[0] != s[1] for n, s in pairs)
 
 
 def hub_path(path: str, experts: KtExperts) -> str:

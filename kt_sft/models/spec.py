@@ -36,7 +36,8 @@ class MoeSpec:
 def unsupported(where: str, found: str) -> ValueError:
     return ValueError(
         f"{where}: expected SiLU-gated experts without bias (gate, up and down projections), got {found}; "
-        "this model's experts cannot run on the CPU kernels, load it without kt_sft"
+        "this model's experts cannot run on the CPU kernels as they are: if they compute the same under other names or "
+        "in code outside transformers, say so with family_rules (docs/formats.md), else load it without kt_sft"
     )
 
 

@@ -17,6 +17,8 @@ Letters: T tokens, D hidden, F intermediate, E experts, K top-k, R LoRA rank.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple, NoReturn
 
 import torch
@@ -148,7 +150,9 @@ class KtExperts(nn.Module):
         """An empty tensor, for code that asks any target module for its device and dtype."""
         return self.get_submodule(self.names.gate).weight  # type: ignore[return-value]
 
-    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    def forward(
+        self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor, *, kernels: Kernels | None = None
+    ) -> Tensor:
         """hidden_states (..., D), top_k_index (T, K) and top_k_weights (T, K) -> like hidden_states."""
         out_TD = moe_experts(
             hidden_states.reshape(-1, self.hidden_size),
@@ -158,9 +162,30 @@ class KtExperts(nn.Module):
             self._lora(),
             activation_policy=self.activation_policy,
             compute_type=self.compute_type,
-            kernels=self._kernels(hidden_states),
+            kernels=kernels or self._kernels(hidden_states),
         )
         return out_TD.view(hidden_states.shape)
+
+    def __len__(self) -> int:
+        return self.num_experts
+
+    def __getitem__(self, index: int) -> Callable[[Tensor], Tensor]:
+        """Expert ``index`` alone, (..., D) -> (..., D): for blocks that loop over a list of experts."""
+        if not -self.num_experts <= index < self.num_experts:
+            raise IndexError(f"expert {index}: expected one of {self.num_experts}")
+        return partial(self._one, index % self.num_experts)
+
+    def _one(self, index: int, hidden_states: Tensor) -> Tensor:
+        layer = self._shared.layer
+        if layer is not None and len(layer.held) < self.num_experts:
+            raise ValueError(
+                "expert_parallel: 'world' needs a block that calls all experts at once, got one that calls expert by "
+                "expert; use expert_parallel: host, or name the block's method in the family rule"
+            )
+        x_TD = hidden_states.reshape(-1, self.hidden_size)
+        ids_TK = torch.full((len(x_TD), 1), index, device=x_TD.device)
+        weights_TK = torch.ones(ids_TK.shape, dtype=torch.float32, device=x_TD.device)
+        return self.forward(hidden_states, ids_TK, weights_TK, kernels=LOCAL)
 
     def submit(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> PendingExperts:
         """Start ``forward`` and return at once, so that a block can run its shared expert before ``wait()``.

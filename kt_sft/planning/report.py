@@ -21,12 +21,15 @@ FORMATS = ("auto", *QUANTISED)
 class Option:
     """One weight format: its account in bytes and seconds. ``short``: what this machine lacks; empty: it fits.
 
+    ``cache``: on disk, ``packed`` experts and a dequantised copy of the rest where that is quantised.
+
     ``kept``: the experts stay as the checkpoint stores them.
     """
 
     weight_format: str
     kept: bool
     packed: int
+    cache: int
     ram: list[Line]
     gpu: list[Line]
     first_load: list[Span]
@@ -106,11 +109,12 @@ def _option(parts: ModelParts, job: Job, host: Host, wanted: str, stored: Storag
         first_load=speed.first_load_spans(parts, host, name, stored, checkpoint),
         next_load=speed.next_load_spans(parts, host, name, stored),
         step=speed.step_spans(parts, job, host, name),
-        short=_short(host, memory.total(ram), memory.total(gpu), packed),
+        cache=packed + stored.copy_bytes(parts),
+        short=_short(host, memory.total(ram), memory.total(gpu), packed + stored.copy_bytes(parts)),
     )
 
 
-def _short(host: Host, ram: int, gpu: int, packed: int) -> list[str]:
+def _short(host: Host, ram: int, gpu: int, cache: int) -> list[str]:
     found = []
     if ram > host.ram:
         found.append(f"{_gb(ram - host.ram)} more RAM")
@@ -118,8 +122,8 @@ def _short(host: Host, ram: int, gpu: int, packed: int) -> list[str]:
         found.append(f"{_gb(ram - host.ram_free)} of RAM to be freed")
     if gpu > host.gpu_memory:
         found.append(f"{_gb(gpu - host.gpu_memory)} more memory per GPU")
-    if host.cache_folder is not None and packed > host.cache_free:
-        found.append(f"{_gb(packed - host.cache_free)} more disk for the cache (or cache_dir: none)")
+    if host.cache_folder is not None and cache > host.cache_free:
+        found.append(f"{_gb(cache - host.cache_free)} more disk for the cache (or cache_dir: none)")
     return found
 
 
@@ -133,7 +137,7 @@ def as_dict(plan: Plan) -> dict[str, Any]:
         row["total"] = {
             "ram_bytes": memory.total(option.ram),
             "gpu_bytes": memory.total(option.gpu),
-            "cache_bytes": option.packed,
+            "cache_bytes": option.cache,
             "first_load_seconds": speed.seconds(option.first_load),
             "next_load_seconds": speed.seconds(option.next_load),
             "step_seconds": speed.seconds(option.step),

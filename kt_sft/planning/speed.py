@@ -69,10 +69,10 @@ def _rest_spans(parts: ModelParts, job: Job, host: Host, forwards: int) -> list[
 def first_load_spans(
     parts: ModelParts, host: Host, weight_format: str | Layout, stored: Storage, checkpoint: int
 ) -> list[Span]:
-    """Read the checkpoint, pack its experts while reading, write the cache file."""
+    """Read the checkpoint, pack its experts while reading, write the cache: them, and the rest if it is dequantised."""
     key = weight_format if isinstance(weight_format, str) else weight_format[0].name
     bf16 = 2 * parts.expert_parameters
-    written = packed_bytes(parts, weight_format)
+    written = packed_bytes(parts, weight_format) + stored.copy_bytes(parts)
     disk = (checkpoint + written) / host.disk.value
     pack = bf16 / host.pack[key if key in QUANTISED else AS_STORED].value
     how = f"the longer of disk {disk:.3g} s ({checkpoint / 1e9:,.3g} GB read, {written / 1e9:,.3g} GB written) "
@@ -82,7 +82,7 @@ def first_load_spans(
 
 def next_load_spans(parts: ModelParts, host: Host, weight_format: str | Layout, stored: Storage) -> list[Span]:
     """Map the cache file after checking it (it is read once), and read the rest of the checkpoint."""
-    packed, rest = packed_bytes(parts, weight_format), stored.rest_bytes(parts)
+    packed, rest = packed_bytes(parts, weight_format), stored.copy_bytes(parts) or stored.rest_bytes(parts)
     how = f"{packed / 1e9:,.3g} GB of packed experts + {rest / 1e9:,.3g} GB of the rest"
     return [Span("check and map, read the rest", (packed + rest) / host.disk.value, how)]
 

@@ -37,6 +37,10 @@ class Storage:
         kept = sum(count for name, count in parts.rest.items() if name in _NEVER_QUANTISED)
         return kept * self.width + (parts.rest_parameters - kept) * self.rest
 
+    def copy_bytes(self, parts: ModelParts) -> int:
+        """The BF16 copy of everything but the experts (weights/plain.py), where that is quantised too."""
+        return 2 * parts.rest_parameters if self.rest < self.width else 0
+
 
 def storage(config: dict[str, Any]) -> Storage:
     """The storage that config.json declares. ValueError for a quantisation that is not known, with its name."""

@@ -44,7 +44,8 @@ class ExpertTensors:
     """Where a layer's experts are: ``gate``, ``up``, ``down``, or fused ``gate_up`` (E, 2F, D) and ``down`` (E, D, F).
 
     Names with ``{expert}`` are one tensor per expert, names without it stacks of all experts. In a fused tensor gate
-    comes first, or its rows alternate with up's (``interleaved``). The names are those of an unquantised checkpoint
+    comes first, or its rows alternate with up's (``interleaved``). Matrices may be stored with inputs before outputs
+    (``transposed``: stacks (E, D, 2F) and (E, F, D)). The names are those of an unquantised checkpoint
     (``...weight``, or ``...gate_up_proj``); formats.py finds what stands in their place. ``gate_up_bias`` (E, 2F), in
     the order of ``gate_up``, and ``down_bias`` (E, D) are optional.
     """
@@ -54,6 +55,7 @@ class ExpertTensors:
     gate_up: str | None = None
     down: str
     interleaved: bool = False
+    transposed: bool = False
     gate_up_bias: str | None = None
     down_bias: str | None = None
 

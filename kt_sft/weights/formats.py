@@ -119,7 +119,9 @@ class ExpertReader:
         self._biases = [(tensors.gate_up_bias, 2 * F), (tensors.down_bias, D)]
 
     def _stored(self, expert: int) -> Iterator[tuple[Stored, tuple[int, int]]]:
-        for name, shape in self._matrices:
+        """Every matrix of an expert and its shape in the file."""
+        for name, (rows, columns) in self._matrices:
+            shape = (columns, rows) if self._tensors.transposed else (rows, columns)
             if self._tensors.stacked:
                 yield Stored(self._checkpoint, name, expert), shape
             else:
@@ -153,6 +155,11 @@ class ExpertReader:
         names = [partner(s.name, suffix) for s, _ in self._stored(expert) for suffix in format_of(s).tensors(s)]
         return names + [name for name, _ in self._biases if name is not None]
 
+    def arrangement(self, layer: str) -> list[tuple[object, ...]]:
+        """How the matrices are to be read, where names and shapes alone do not tell; part of the cache's identity."""
+        flags = [name for name in ("interleaved", "transposed") if getattr(self._tensors, name)]
+        return [(layer, *flags)] if flags else []
+
     def matrix_names(self, expert: int) -> tuple[str, str, str]:
         """What the checkpoint calls this expert's gate, up and down; a fused tensor is named twice."""
         names = [stored.name for stored, _ in self._stored(expert)]
@@ -161,6 +168,8 @@ class ExpertReader:
     def read(self, expert: int) -> ExpertWeights:
         """Read one expert: the bytes of its tensors, or of its slices of stacked ones, and no others."""
         parts = [format_of(stored).read(stored, shape) for stored, shape in self._stored(expert)]
+        if self._tensors.transposed:
+            parts = [part.transposed() for part in parts]
         gate_up_bias, down_bias = (self._bias(name, expert) for name, _ in self._biases)
         if not self._tensors.fused:
             return ExpertWeights(gate=parts[0], up=parts[1], down=parts[2], down_bias=down_bias)

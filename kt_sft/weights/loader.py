@@ -313,8 +313,9 @@ def _digest(*parts: object) -> str:
 
 
 def _content(checkpoint: Checkpoint, readers: Readers, E: int, held: range) -> str:
-    rows = []
+    rows: list[tuple[object, ...]] = []
     for layer, reader in readers.items():
+        rows += reader.arrangement(layer)
         for name in dict.fromkeys([*reader.names_of(0), *reader.names_of(E - 1)]):
             sample = hashlib.blake2b(checkpoint.sample(name), digest_size=16).hexdigest()
             rows.append((layer, name, checkpoint.dtype(name), checkpoint.shape(name), sample))

@@ -30,6 +30,7 @@ from .gguf_blocks import BLOCKS, IQ4_LEVELS
 
 KINDS = ("float", "fp8_e4m3", "int8", "int4", "e2m1", "iq4_nl", *BLOCKS)
 _E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
+_BYTE_CODES = ("float", "fp8_e4m3", "int8")  # a code is a whole number of bytes
 _LEVELS = {"int4": tuple(range(16)), "e2m1": _E2M1, "iq4_nl": IQ4_LEVELS}
 _SYMMETRIC = tuple(range(-8, 8))  # int4 around its usual zero, 8
 _FP8_LEVELS = torch.arange(256).to(torch.uint8).view(torch.float8_e4m3fn).float().numpy()
@@ -137,6 +138,18 @@ class QuantizedWeight:
             codes=self.codes[part].contiguous(),
             scales=None if self.scales is None else self.scales[blocks].contiguous(),
             zeros=None if self.zeros is None else self.zeros[blocks].contiguous(),
+        )
+
+    def transposed(self) -> QuantizedWeight:
+        """The matrix (K, N). Raises ValueError for kinds whose codes share bytes along K, and for act-order."""
+        if self.kind not in _BYTE_CODES or self.column_groups is not None:
+            raise ValueError(f"{self.kind}: expected outputs before inputs, got a transposed matrix of shared bytes")
+        return replace(
+            self,
+            shape=self.shape[::-1],
+            codes=self.codes.T.contiguous(),
+            scales=None if self.scales is None else self.scales.T.contiguous(),
+            block=self.block[::-1],
         )
 
 

@@ -122,6 +122,13 @@ def test_dense_model_is_refused(tmp_path: Path) -> None:
         convert_model(AutoModelForCausalLM.from_pretrained(tmp_path))
 
 
+def test_convert_model_packs_float_weights() -> None:
+    experts = [m for m in convert_model(tiny_model("mixtral")).modules() if isinstance(m, KtExperts)]
+    assert {m.packed.weight_format for m in experts} == {"int8"}
+    with pytest.raises(ValueError, match=r"expected bf16, int8, int4 or auto .* got fp8"):
+        convert_model(tiny_model("mixtral"), weight_format="fp8")
+
+
 def test_meta_weights_are_refused() -> None:
     with pytest.raises(ValueError, match="expected loaded weights, got a meta model"):
         convert_model(tiny_model("mixtral").to("meta"))

@@ -11,24 +11,30 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
-from torch.func import functional_call
-from transformers import AutoModelForCausalLM
 
 from kt_sft.config import KtConfig
-from kt_sft.integrations import peft as kt_peft
 from kt_sft.models.convert import convert_model, from_pretrained
 from kt_sft.nn.experts import KtExperts
-from tests.families import FAMILIES, dense_weights, rms_ratio, save_checkpoint, tiny_model, token_ids
+from tests.families import (
+    FAMILIES,
+    MOE_LAYERS,
+    lora_errors,
+    loss_of,
+    rms_ratio,
+    save_checkpoint,
+    stock_model,
+    tiny_model,
+    token_ids,
+    with_lora,
+)
 
 BF16 = KtConfig(weight_format="bf16", cache_dir="none")
-ATTENTION = ["q_proj", "o_proj", "kv_b_proj"]
 
 
 @pytest.fixture(scope="module", params=list(FAMILIES))
 def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
     folder = save_checkpoint(tiny_model(request.param), tmp_path_factory.mktemp(request.param))
-    reference = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    reference = stock_model(folder)
     return request.param, folder, reference
 
 
@@ -43,7 +49,7 @@ def experts_of(model: Any) -> list[KtExperts]:
 def test_logits(family: Any) -> None:
     name, folder, reference = family
     model = load(folder)
-    assert len(experts_of(model)) == (1 if "first_k_dense_replace" in FAMILIES[name][1] else 2)
+    assert len(experts_of(model)) == MOE_LAYERS.get(name, 2)
     with torch.no_grad():
         assert rms_ratio(model(token_ids()).logits, reference(token_ids()).logits) < 1e-2
 
@@ -60,7 +66,7 @@ def test_holds_no_expert_parameter_and_loads_quietly(family: Any, caplog: Any, c
 
 def test_convert_model_equals_from_pretrained(family: Any) -> None:
     _, folder, _ = family
-    converted = convert_model(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval(), BF16)
+    converted = convert_model(stock_model(folder), BF16)
     for ours, theirs in zip(experts_of(converted), experts_of(load(folder)), strict=True):
         assert torch.equal(ours.packed.storage, theirs.packed.storage)
         assert (ours.names, ours.block_name) == (theirs.names, theirs.block_name)
@@ -68,31 +74,12 @@ def test_convert_model_equals_from_pretrained(family: Any) -> None:
         assert torch.equal(converted(token_ids()).logits, load(folder)(token_ids()).logits)
 
 
-def with_lora(model: Any, **options: Any) -> Any:
-    kt_peft.install()
-    targets = [*ATTENTION, *kt_peft.expert_target_names(model)]
-    config = LoraConfig(r=4, lora_alpha=8, target_modules=targets, init_lora_weights=False, **options)
-    torch.manual_seed(5)  # no routing near-tie that bf16 products would flip
-    return get_peft_model(model, config)
-
-
-def loss_of(logits: torch.Tensor) -> torch.Tensor:
-    return torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), token_ids()[:, 1:].flatten())
-
-
 @pytest.mark.parametrize("policy", ["retain", "recompute"])
 def test_lora_gradients_by_name(family: Any, policy: str) -> None:
     _, folder, reference = family
     model = from_pretrained(folder, config=BF16, activation_policy=policy, dtype=torch.float32)
-    tuned = with_lora(model).eval()
-    weights, leaves = dense_weights(tuned, reference)
-    expected = functional_call(reference, weights, (token_ids(),)).logits
-    loss_of(expected).backward()
-    got = tuned(token_ids()).logits
-    loss_of(got).backward()
-    assert rms_ratio(got.detach(), expected.detach()) < 1e-2
-    gradients = {n: p.grad for n, p in tuned.named_parameters() if p.requires_grad}
-    errors = {n: rms_ratio(g, leaves[n].grad) for n, g in gradients.items()}
+    error, errors = lora_errors(model, reference)
+    assert error < 1e-2
     assert sum(".experts." in n for n in errors) == 6 * len(experts_of(model))
     assert {n: e for n, e in errors.items() if e > 2e-2} == {}
 
@@ -112,12 +99,15 @@ def test_gradient_checkpointing_changes_nothing(family: Any) -> None:
         assert all(torch.equal(other[name], gradients[0][name]) for name in gradients[0])
 
 
-def test_generate_and_autocast(family: Any) -> None:
-    _, folder, reference = family
+def test_generate_and_autocast(family: Any, caplog: Any) -> None:
+    name, folder, reference = family
     model = load(folder)
     with torch.no_grad():
         short, long = model(token_ids()[:, :-1]).logits, model(token_ids()).logits
-        assert rms_ratio(short, long[:, :-1]) < 1e-2
+        causal = rms_ratio(reference(token_ids()[:, :-1]).logits, reference(token_ids()).logits[:, :-1]) < 1e-2
+        assert causal or name == "glm_moe_dsa"  # transformers 5.6 with sdpa
+        assert causal != ("causal mask" in caplog.text)
+        assert not causal or rms_ratio(short, long[:, :-1]) < 1e-2
         with torch.autocast("cpu", dtype=torch.bfloat16):
             assert rms_ratio(model(token_ids()).logits, reference(token_ids()).logits) < 5e-2
     output = model.generate(token_ids(), max_new_tokens=4, min_new_tokens=4, do_sample=False)

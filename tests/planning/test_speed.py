@@ -115,6 +115,16 @@ def test_quantised_experts_are_planned_as_they_are():
     assert plan.best.packed == pytest.approx(plan.stored.expert_bytes(plan.parts), rel=1e-3)
 
 
+def test_a_quantised_rest_is_copied_as_bf16():
+    fp8 = report.make(source.find(CONFIG.with_name("deepseek_v3.json")), JOB, HOST)
+    assert fp8.best.cache - fp8.best.packed == 2 * fp8.parts.rest_parameters
+    assert fp8.best.cache - fp8.best.packed == pytest.approx(34e9, rel=0.02)
+    plain = report.make(source.find(CONFIG), JOB, HOST)
+    assert plain.best.cache == plain.best.packed
+    int4 = report.make(source.find(CONFIG.with_name("kimi_k2_thinking.json")), JOB, HOST)
+    assert int4.best.cache == int4.best.packed  # experts only
+
+
 def test_as_json_sums_up():
     plan = report.make(source.find(CONFIG), JOB, HOST)
     data = json.loads(json.dumps(report.as_dict(plan)))
