@@ -2,8 +2,11 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <array>
 #include <chrono>
+#include <cmath>
+#include <iterator>
 #include <string>
 #include <vector>
 
@@ -59,6 +62,21 @@ class PackedHandle {
     weights_.storage = tensor<uint8_t>(storage, "storage", {Dtype::u8}, {experts * weights_.expert_bytes()});
     KT_CHECK(reinterpret_cast<uintptr_t>(weights_.storage) % 16 == 0, "storage: expected 16-byte aligned memory");
   }
+  void set_activation(const std::string& kind, float alpha, float limit) {
+    KT_CHECK(kind == "silu" || kind == "clamped_swiglu", "activation: expected silu or clamped_swiglu, got '", kind,
+             "'");
+    KT_CHECK(std::isfinite(alpha) && limit >= 0, "activation: expected a finite alpha and a limit of at least 0, got ",
+             alpha, " and ", limit);
+    weights_.activation = {kind == "silu" ? ActivationKind::silu : ActivationKind::clamped_swiglu, alpha, limit};
+  }
+  void set_biases(const py::object& gate, const py::object& up, const py::object& down) {
+    const int64_t E = weights_.num_experts, F = weights_.intermediate, D = weights_.hidden;
+    const float* data[3] = {tensor<float>(gate, "gate bias", {Dtype::f32}, {E, F}),
+                            tensor<float>(up, "up bias", {Dtype::f32}, {E, F}),
+                            tensor<float>(down, "down bias", {Dtype::f32}, {E, D})};
+    std::copy(std::begin(data), std::end(data), weights_.biases);
+    biases_ = py::make_tuple(gate, up, down);  // kept alive
+  }
   const ExpertWeights& weights() const {
     KT_CHECK(address(storage_) == reinterpret_cast<uintptr_t>(weights_.storage),
              "storage: expected the memory that these experts were made of, got a tensor that was moved since");
@@ -66,7 +84,7 @@ class PackedHandle {
   }
 
  private:
-  py::object storage_;
+  py::object storage_, biases_;
   ExpertWeights weights_;
 };
 
@@ -337,7 +355,10 @@ PYBIND11_MODULE(_C, m) {
   });
   py::class_<PackedHandle>(m, "PackedHandle", "The packed experts of one layer, as the calls below take them first")
       .def(py::init<py::object, int, int, int, Layout>(), py::arg("storage"), py::arg("experts"), py::arg("hidden"),
-           py::arg("intermediate"), py::arg("layout"));
+           py::arg("intermediate"), py::arg("layout"))
+      .def("set_activation", &PackedHandle::set_activation, py::arg("kind"), py::arg("alpha"), py::arg("limit"))
+      .def("set_biases", &PackedHandle::set_biases, py::arg("gate"), py::arg("up"), py::arg("down"),
+           "fp32 (E, F), (E, F) and (E, D), read where they lie");
   m.def("wish_huge_pages", wish_huge_pages, "ask for transparent huge pages for a fresh CPU tensor");
   m.def("pack", pack);
   m.def("pack_codes", pack_quantised, "codes and scale planes as they are: csrc/kernels/pack.h");

@@ -1,5 +1,8 @@
-// SwiGLU and its derivative, as loops that the compiler vectorises for the variant's ISA.
-//   H = silu(G) * U    dU = w Z silu(G)    dG = w Z U (sig + G sig (1 - sig))    with sig = 1 / (1 + exp(-G))
+// The gated activation H = a(G) b(U) and its derivative, as loops that the compiler vectorises for the variant's ISA.
+//   dU = w Z a(G) b'(U)    dG = w Z b(U) a'(G)    with sig(x) = 1 / (1 + exp(-x))
+// silu              a(G) = G sig(G)                                   b(U) = U
+// clamped_swiglu    a(G) = C sig(alpha C), C = min(G, limit)          b(U) = min(max(U, -limit), limit) + 1
+// Clamps have slope 1 up to and at their bounds, as in torch, and 0 beyond.
 // Included inside the variant's namespace.
 #pragma once
 
@@ -32,36 +35,94 @@ inline void to_bf16_row(const float* __restrict from, int n, uint16_t* __restric
   for (int i = 0; i < n; ++i) to[i] = static_cast<uint16_t>(round_bits(from[i]));
 }
 
-inline void swiglu(const float* __restrict g, const float* __restrict u, int n, float* __restrict h,
-                   uint16_t* __restrict g_saved, uint16_t* __restrict u_saved) {
-  for (int i = 0; i < n; ++i) h[i] = g[i] * sigmoid(g[i]) * u[i];
-  if (g_saved == nullptr) return;
-  for (int i = 0; i < n; ++i) g_saved[i] = static_cast<uint16_t>(round_bits(g[i]));
-  for (int i = 0; i < n; ++i) u_saved[i] = static_cast<uint16_t>(round_bits(u[i]));
-}
-
-inline void swiglu_hidden(const uint16_t* __restrict g, const uint16_t* __restrict u, int n, uint16_t* __restrict h) {
-  for (int i = 0; i < n; ++i) {
-    const float gate = from_bf16(g[i]);
-    h[i] = static_cast<uint16_t>(round_bits(gate * sigmoid(gate) * from_bf16(u[i])));
+struct Silu {
+  explicit Silu(const Activation&) {}
+  float act(float g) const { return g * sigmoid(g); }
+  float factor(float u) const { return u; }
+  float act_slope(float g, float* act) const {
+    const float sig = sigmoid(g);
+    *act = g * sig;
+    return sig + *act * (1.0f - sig);
   }
+  float factor_slope(float) const { return 1.0f; }
+};
+
+struct ClampedSwiglu {
+  float alpha, limit;
+  explicit ClampedSwiglu(const Activation& a) : alpha(a.alpha), limit(a.limit) {}
+  float act(float g) const {
+    const float c = g > limit ? limit : g;
+    return c * sigmoid(alpha * c);
+  }
+  float factor(float u) const {
+    const float below = u > limit ? limit : u;
+    return (below < -limit ? -limit : below) + 1.0f;
+  }
+  float act_slope(float g, float* act) const {
+    const float c = g > limit ? limit : g, sig = sigmoid(alpha * c);
+    *act = c * sig;
+    const float slope = sig + alpha * *act * (1.0f - sig);
+    return g > limit ? 0.0f : slope;
+  }
+  float factor_slope(float u) const { return u > limit || u < -limit ? 0.0f : 1.0f; }
+};
+
+template <class Rule>
+inline void activate_rows(Rule rule, const float* __restrict g, const float* __restrict u, int n, float* __restrict h) {
+  for (int i = 0; i < n; ++i) h[i] = rule.act(g[i]) * rule.factor(u[i]);
 }
 
-inline void swiglu_backward(const uint16_t* __restrict g, const uint16_t* __restrict u, const float* __restrict z,
-                            float w, int n, float* __restrict dg, float* __restrict du, float* __restrict dw_parts) {
+template <class Rule>
+inline void activate_hidden_rows(Rule rule, const uint16_t* __restrict g, const uint16_t* __restrict u, int n,
+                                 uint16_t* __restrict h) {
+  for (int i = 0; i < n; ++i)
+    h[i] = static_cast<uint16_t>(round_bits(rule.act(from_bf16(g[i])) * rule.factor(from_bf16(u[i]))));
+}
+
+template <class Rule>
+inline void activate_backward_rows(Rule rule, const uint16_t* __restrict g, const uint16_t* __restrict u,
+                                   const float* __restrict z, float w, int n, float* __restrict dg,
+                                   float* __restrict du, float* __restrict dw_parts) {
   for (int i0 = 0; i0 < n; i0 += kBlock) {
     const int count = min_int(kBlock, n - i0);
     alignas(64) float product[kBlock] = {};
     for (int i = 0; i < count; ++i) {
-      const float gate = from_bf16(g[i0 + i]), up = from_bf16(u[i0 + i]), zi = z[i0 + i];
-      const float sig = sigmoid(gate), act = gate * sig;
-      const float h = float_of(round_bits(act * up) << 16);  // as the down projection saw it
+      const float up = from_bf16(u[i0 + i]), factor = rule.factor(up), zi = z[i0 + i];
+      float act;
+      const float slope = rule.act_slope(from_bf16(g[i0 + i]), &act);
+      const float h = float_of(round_bits(act * factor) << 16);  // as the down projection saw it
       product[i] = zi * h;
-      du[i0 + i] = w * zi * act;
-      dg[i0 + i] = w * zi * up * (sig + act * (1.0f - sig));
+      du[i0 + i] = w * zi * act * rule.factor_slope(up);
+      dg[i0 + i] = w * zi * factor * slope;
     }
     for (int half = kBlock / 2; half > 0; half /= 2)
       for (int i = 0; i < half; ++i) product[i] += product[i + half];
     dw_parts[i0 / kBlock] = product[0];
   }
+}
+
+inline void activate(const Activation& a, const float* g, const float* u, int n, float* h, uint16_t* g_saved,
+                     uint16_t* u_saved) {
+  if (a.kind == ActivationKind::silu)
+    activate_rows(Silu(a), g, u, n, h);
+  else
+    activate_rows(ClampedSwiglu(a), g, u, n, h);
+  if (g_saved == nullptr) return;
+  to_bf16_row(g, n, g_saved);
+  to_bf16_row(u, n, u_saved);
+}
+
+inline void activate_hidden(const Activation& a, const uint16_t* g, const uint16_t* u, int n, uint16_t* h) {
+  if (a.kind == ActivationKind::silu)
+    activate_hidden_rows(Silu(a), g, u, n, h);
+  else
+    activate_hidden_rows(ClampedSwiglu(a), g, u, n, h);
+}
+
+inline void activate_backward(const Activation& a, const uint16_t* g, const uint16_t* u, const float* z, float w, int n,
+                              float* dg, float* du, float* dw_parts) {
+  if (a.kind == ActivationKind::silu)
+    activate_backward_rows(Silu(a), g, u, z, w, n, dg, du, dw_parts);
+  else
+    activate_backward_rows(ClampedSwiglu(a), g, u, z, w, n, dg, du, dw_parts);
 }

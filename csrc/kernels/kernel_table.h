@@ -70,19 +70,27 @@ struct QuantizeArgs {
   int nb;
 };
 
+// How gate and up become the hidden values: the equations are in elementwise.h.
+enum class ActivationKind { silu, clamped_swiglu };
+struct Activation {
+  ActivationKind kind = ActivationKind::silu;
+  float alpha = 1.0f, limit = 0.0f;  // of clamped_swiglu
+};
+
 struct KernelTable {
   const char* name;
   size_t tile_bytes;
   size_t gemm_scratch_bytes;
   void (*pack)(const PackArgs&);
   void (*gemm)(const GemmArgs&);
-  // h = silu(g) * u in fp32; g and u also as bf16 where g_saved is not null.
-  void (*swiglu)(const float* g, const float* u, int n, float* h, uint16_t* g_saved, uint16_t* u_saved);
-  // h = bf16(silu(g) * u) from the saved bf16 values.
-  void (*swiglu_hidden)(const uint16_t* g, const uint16_t* u, int n, uint16_t* h);
+  // h = a(g) b(u) in fp32; g and u also as bf16 where g_saved is not null.
+  void (*activate)(const Activation&, const float* g, const float* u, int n, float* h, uint16_t* g_saved,
+                   uint16_t* u_saved);
+  // h = bf16(a(g) b(u)) from the saved bf16 values.
+  void (*activate_hidden)(const Activation&, const uint16_t* g, const uint16_t* u, int n, uint16_t* h);
   // dg, du of w * z; dw_parts[i / 32] = sum of z * h over 32 columns (a fixed order, whatever the split of the work).
-  void (*swiglu_backward)(const uint16_t* g, const uint16_t* u, const float* z, float w, int n, float* dg, float* du,
-                          float* dw_parts);
+  void (*activate_backward)(const Activation&, const uint16_t* g, const uint16_t* u, const float* z, float w, int n,
+                            float* dg, float* du, float* dw_parts);
   void (*to_bf16)(const float* from, int n, uint16_t* to);
   bool (*quantize_strip)(const QuantizeArgs&);                    // false if a weight is NaN or Inf
   void (*unpack_strip)(const PackedMatrix&, int nb, float* out);  // rows [32 nb, 32 nb + 32) of (rows, cols)

@@ -103,7 +103,8 @@ struct Backward {
       gate_up.compute(plan, b, s, c0, nc);
       for (int r = 0; r < s.rows; ++r) {
         const int64_t at = (wave_row(s) + r) * intermediate() + c0;
-        plan.kernels.swiglu(b.rows[0] + r * nc, b.rows[1] + r * nc, nc, b.rows[2], gate + at, up + at);
+        plan.kernels.to_bf16(b.rows[0] + r * nc, nc, gate + at);
+        plan.kernels.to_bf16(b.rows[1] + r * nc, nc, up + at);
       }
     });
   }
@@ -136,7 +137,8 @@ struct Backward {
     uint16_t* first = h_rows + wave_row(s) * F + c0;
     for (int r = 0; r < s.rows; ++r) {
       uint16_t* h = first + int64_t{r} * F;
-      plan.kernels.swiglu_hidden(gate_row(s, r, false) + c0, gate_row(s, r, true) + c0, nc, h);
+      plan.kernels.activate_hidden(plan.weights.activation, gate_row(s, r, false) + c0, gate_row(s, r, true) + c0, nc,
+                                   h);
       if (l.down_keep == nullptr) continue;
       const uint8_t* keep = l.down_keep + int64_t{plan.order[s.row0 + r]} * F + c0;
       for (int c = 0; c < nc; ++c) h[c] = keep[c] ? h[c] : 0;  // keep_scale goes into the rank-sized products
@@ -156,9 +158,9 @@ struct Backward {
     const int64_t parts = ceil_div(F, kBlock), f_tiles = ceil_div(F, kTileSteps);
     z_block(s, c0, nc, b);
     for (int r = 0; r < s.rows; ++r)
-      plan.kernels.swiglu_backward(gate_row(s, r, false) + c0, gate_row(s, r, true) + c0, b.rows[0] + r * nc,
-                                   plan.routing_weight(s.row0 + r), nc, b.rows[1] + r * nc, b.rows[2] + r * nc,
-                                   dw_parts + (wave_row(s) + r) * parts + c0 / kBlock);
+      plan.kernels.activate_backward(plan.weights.activation, gate_row(s, r, false) + c0, gate_row(s, r, true) + c0,
+                                     b.rows[0] + r * nc, plan.routing_weight(s.row0 + r), nc, b.rows[1] + r * nc,
+                                     b.rows[2] + r * nc, dw_parts + (wave_row(s) + r) * parts + c0 / kBlock);
     for (int p : {kGate, kUp}) {
       const DenseView view{b.rows[1 + p], true, nc, 1};
       plan.kernels.pack({Side::right, view, 0, s.rows, 0, nc,
@@ -170,11 +172,25 @@ struct Backward {
     if (factors(kDown).rank > 0) hidden_block(s, c0, nc);
   }
 
+  // <dO, b> of one routed row.
+  float bias_gradient(const float* bias, int sorted_row) const {
+    constexpr int kLanes = 16;
+    const uint16_t* row = grads.grad_out + int64_t{plan.token[sorted_row]} * hidden();
+    float lanes[kLanes] = {}, sum = 0;
+    int c = 0;
+    for (; c + kLanes <= hidden(); c += kLanes)
+      for (int i = 0; i < kLanes; ++i) lanes[i] += bf16_to_float(row[c + i]) * bias[c + i];
+    for (; c < hidden(); ++c) sum += bf16_to_float(row[c]) * bias[c];
+    for (float lane : lanes) sum += lane;
+    return sum;
+  }
+
   void weight_gradients(const Wave& wave) const {
     const int64_t parts = ceil_div(intermediate(), kBlock);
     for_segments(wave, [&](const Segment& s, const Plan::ThreadBuffers&) {
+      const float* bias = plan.weights.bias(s.expert, kDown);
       for (int r = 0; r < s.rows; ++r) {
-        float sum = 0;
+        float sum = bias == nullptr ? 0.0f : bias_gradient(bias, s.row0 + r);
         for (int64_t i = 0; i < parts; ++i) sum += dw_parts[(wave_row(s) + r) * parts + i];
         grads.grad_weights[plan.order[s.row0 + r]] = sum;
       }

@@ -1,16 +1,17 @@
 // Forward and backward of the routed experts of one layer, on packed weights, through KernelTable only.
 //
-//   G = X Wg^T + s (X' Ag^T) Bg^T    U = X Wu^T + s (X' Au^T) Bu^T    H = silu(G) * U
-//   Y = H Wd^T + s ((H o mask) Ad^T) Bd^T    out[t] = sum_k w[t,k] Y
+//   G = X Wg^T + s (X' Ag^T) Bg^T + bg    U = X Wu^T + s (X' Au^T) Bu^T + bu    H = a(G) b(U), e.g. silu(G) * U
+//   Y = H Wd^T + s ((H o mask) Ad^T) Bd^T + bd    out[t] = sum_k w[t,k] Y
 // Backward, with Z = dO Wd + s ((dO Bd) Ad) o mask:
-//   dw[t,k] = <Z, H>    dH = w Z    dU, dG by SwiGLU    dX = dG Wg + s (dG Bg) Ag + dU Wu + s (dU Bu) Au
+//   dw[t,k] = <Z, H> + <dO, bd>    dH = w Z    dU, dG by the activation
+//   dX = dG Wg + s (dG Bg) Ag + dU Wu + s (dU Bu) Au
 //   dB = s dLin^T (X A^T)    dA = s (dLin B)^T X    per projection
 // T tokens, D hidden, F intermediate, E experts, K top-k, N = T K routed rows, R LoRA rank.
 // Results do not depend on the number of threads: every output element is summed by one task in a fixed order.
 #pragma once
 #include <cstdint>
 
-#include "kernels/panel.h"
+#include "kernels/kernel_table.h"
 
 namespace kt_sft {
 
@@ -26,8 +27,14 @@ class ExpertWeights {
  public:
   int num_experts, hidden, intermediate;
   const uint8_t* storage = nullptr;
+  Activation activation{};
+  const float* biases[3] = {};  // by projection: (E, F), (E, F), (E, D), or null
 
   ExpertWeights(int num_experts, int hidden, int intermediate, const MatrixFormat (&formats)[3]);
+  const float* bias(int expert, Projection projection) const {
+    const float* all = biases[projection];
+    return all == nullptr ? nullptr : all + int64_t{expert} * (projection == kDown ? hidden : intermediate);
+  }
   PackedMatrix matrix(int expert, Projection projection) const;
   int64_t expert_bytes() const { return expert_bytes_; }
 

@@ -39,8 +39,8 @@ struct Forward {
     for (int r = 0; r < s.rows; ++r) {
       const int64_t saved = int64_t{s.row0 + r} * F + c0;
       const bool keep = call.gate != nullptr;
-      plan.kernels.swiglu(b.rows[0] + r * nc, b.rows[1] + r * nc, nc, hidden + r * nc,
-                          keep ? call.gate + saved : nullptr, keep ? call.up + saved : nullptr);
+      plan.kernels.activate(plan.weights.activation, b.rows[0] + r * nc, b.rows[1] + r * nc, nc, hidden + r * nc,
+                            keep ? call.gate + saved : nullptr, keep ? call.up + saved : nullptr);
     }
     const PackArgs pack{Side::left,
                         {hidden, true, nc, 1},
@@ -108,6 +108,7 @@ struct Forward {
       segment_product(plan, b, s, c0, nc,
                       {packed, plan.tile(h, s.tile0, ceil_div(F, kTileSteps)), h8, F, f.rank > 0 ? &adapter : nullptr,
                        b.rows[0], b.rows[1]});
+      add_bias(plan.weights.bias(s.expert, kDown), c0, nc, s.rows, b.rows[0]);
       for (int r = 0; r < s.rows; ++r) {
         const float w = plan.routing_weight(s.row0 + r);
         const float* y = b.rows[0] + r * nc;

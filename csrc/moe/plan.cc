@@ -120,6 +120,12 @@ void segment_product(const Plan& plan, const Plan::ThreadBuffers& buffers, const
   for (int64_t i = 0; i < int64_t{s.rows} * nc; ++i) p.out[i] += p.spare[i];
 }
 
+void add_bias(const float* bias, int c0, int nc, int rows, float* to) {
+  if (bias == nullptr) return;
+  for (int r = 0; r < rows; ++r)
+    for (int c = 0; c < nc; ++c) to[r * nc + c] += bias[c0 + c];
+}
+
 void pack_tokens(const Plan& plan, const Wave& wave, Side side, const uint16_t* matrix, int width, void* tiles) {
   constexpr int kRowsPerTask = 4 * kTileRows;
   constexpr int kTasks = kMaxRows / kRowsPerTask;
@@ -195,6 +201,7 @@ void GateUpBuffers::compute(const Plan& plan, const Plan::ThreadBuffers& buffers
     segment_product(plan, buffers, s, c0, nc,
                     {packed, plan.tile(x, s.tile0, ceil_div(D, kTileSteps)), x8, D, f.rank > 0 ? &adapter : nullptr,
                      buffers.rows[p], buffers.rows[2]});
+    add_bias(plan.weights.bias(s.expert, static_cast<Projection>(p)), c0, nc, s.rows, buffers.rows[p]);
   }
 }
 

@@ -118,6 +118,9 @@ struct SegmentProduct {
 void segment_product(const Plan& plan, const Plan::ThreadBuffers& buffers, const Segment& segment, int c0, int nc,
                      const SegmentProduct& product);
 
+// rows[r][c] += bias[c0 + c] for rows of leading dimension nc; nothing if bias is null.
+void add_bias(const float* bias, int c0, int nc, int rows, float* to);
+
 // Packs gathered rows of a (T, width) bf16 matrix for every segment of the wave.
 void pack_tokens(const Plan& plan, const Wave& wave, Side side, const uint16_t* matrix, int width, void* tiles);
 
