@@ -9,9 +9,11 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from .config import KtConfig
     from .integrations.transformers import convert_model, from_pretrained
-    from .ops import ExpertsLora, PackedExperts, moe_experts, pack_experts, submit_experts
+    from .ops import Activation, ExpertBiases, ExpertsLora, PackedExperts, moe_experts, pack_experts, submit_experts
 
 __all__ = [
+    "Activation",
+    "ExpertBiases",
     "ExpertsLora",
     "KtConfig",
     "PackedExperts",
@@ -27,6 +29,8 @@ _HOMES = {
     "KtConfig": "config",
     "convert_model": "integrations.transformers",
     "from_pretrained": "integrations.transformers",
+    "Activation": "ops",
+    "ExpertBiases": "ops",
     "ExpertsLora": "ops",
     "PackedExperts": "ops",
     "moe_experts": "ops",

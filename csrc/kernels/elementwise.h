@@ -2,7 +2,7 @@
 //   dU = w Z a(G) b'(U)    dG = w Z b(U) a'(G)    with sig(x) = 1 / (1 + exp(-x))
 // silu              a(G) = G sig(G)                                   b(U) = U
 // clamped_swiglu    a(G) = C sig(alpha C), C = min(G, limit)          b(U) = min(max(U, -limit), limit) + 1
-// Clamps have slope 1 up to and at their bounds, as in torch, and 0 beyond.
+// Clamps have slope 1 up to and at their bounds, as in torch, and 0 beyond; saving G and U as bf16 keeps the side.
 // Included inside the variant's namespace.
 #pragma once
 
@@ -45,6 +45,7 @@ struct Silu {
     return sig + *act * (1.0f - sig);
   }
   float factor_slope(float) const { return 1.0f; }
+  uint32_t saved(float x) const { return round_bits(x); }
 };
 
 struct ClampedSwiglu {
@@ -65,11 +66,21 @@ struct ClampedSwiglu {
     return g > limit ? 0.0f : slope;
   }
   float factor_slope(float u) const { return u > limit || u < -limit ? 0.0f : 1.0f; }
+  // The nearest bf16 on the same side of the bound: one step away from 0 or towards it where rounding has crossed it.
+  uint32_t saved(float x) const {
+    const uint32_t bits = round_bits(x);
+    return bits + beyond(x) - beyond(float_of(bits << 16));
+  }
+  uint32_t beyond(float x) const { return x > limit || x < -limit; }
 };
 
 template <class Rule>
-inline void activate_rows(Rule rule, const float* __restrict g, const float* __restrict u, int n, float* __restrict h) {
+inline void activate_rows(Rule rule, const float* __restrict g, const float* __restrict u, int n, float* __restrict h,
+                          uint16_t* __restrict g_saved, uint16_t* __restrict u_saved) {
   for (int i = 0; i < n; ++i) h[i] = rule.act(g[i]) * rule.factor(u[i]);
+  if (g_saved == nullptr) return;
+  for (int i = 0; i < n; ++i) g_saved[i] = static_cast<uint16_t>(rule.saved(g[i]));
+  for (int i = 0; i < n; ++i) u_saved[i] = static_cast<uint16_t>(rule.saved(u[i]));
 }
 
 template <class Rule>
@@ -104,12 +115,9 @@ inline void activate_backward_rows(Rule rule, const uint16_t* __restrict g, cons
 inline void activate(const Activation& a, const float* g, const float* u, int n, float* h, uint16_t* g_saved,
                      uint16_t* u_saved) {
   if (a.kind == ActivationKind::silu)
-    activate_rows(Silu(a), g, u, n, h);
+    activate_rows(Silu(a), g, u, n, h, g_saved, u_saved);
   else
-    activate_rows(ClampedSwiglu(a), g, u, n, h);
-  if (g_saved == nullptr) return;
-  to_bf16_row(g, n, g_saved);
-  to_bf16_row(u, n, u_saved);
+    activate_rows(ClampedSwiglu(a), g, u, n, h, g_saved, u_saved);
 }
 
 inline void activate_hidden(const Activation& a, const uint16_t* g, const uint16_t* u, int n, uint16_t* h) {

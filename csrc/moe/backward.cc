@@ -103,8 +103,8 @@ struct Backward {
       gate_up.compute(plan, b, s, c0, nc);
       for (int r = 0; r < s.rows; ++r) {
         const int64_t at = (wave_row(s) + r) * intermediate() + c0;
-        plan.kernels.to_bf16(b.rows[0] + r * nc, nc, gate + at);
-        plan.kernels.to_bf16(b.rows[1] + r * nc, nc, up + at);
+        plan.kernels.activate(plan.weights.activation, b.rows[0] + r * nc, b.rows[1] + r * nc, nc, b.rows[2], gate + at,
+                              up + at);
       }
     });
   }

@@ -15,6 +15,7 @@ from torch import Tensor
 from kt_sft import native
 
 from . import memory
+from .activation import SILU, Activation, ExpertBiases
 from .layout import Layout, MatrixFormat, name_of, uniform
 
 _GATE, _UP, _DOWN = range(3)
@@ -27,7 +28,8 @@ class PackedExperts:
     ``weight_format`` is one format for all (bf16, int8, int4), with ``group_size`` input features per scale: 32, 64,
     128, 0 for one scale per output channel, or None for the format's default (int8: 0, int4: 32). Or it is a Layout
     that names format and group size of each of the three matrices. ``storage`` may be any buffer of the right size, for
-    example a mapped cache file; nothing is copied.
+    example a mapped cache file; nothing is copied. ``activation`` and ``biases`` are what the experts compute besides
+    their products; ``biases`` are copied to fp32.
     """
 
     def __init__(
@@ -38,6 +40,8 @@ class PackedExperts:
         intermediate_size: int,
         weight_format: str | Layout = "int8",
         group_size: int | None = None,
+        activation: Activation = SILU,
+        biases: ExpertBiases | None = None,
     ) -> None:
         self.num_experts, self.hidden_size, self.intermediate_size = num_experts, hidden_size, intermediate_size
         self.layout = _layout(weight_format, group_size)
@@ -49,6 +53,12 @@ class PackedExperts:
             )
         self._storage = storage
         self._handle = native.PackedHandle(storage, num_experts, hidden_size, intermediate_size, self.layout)
+        self.activation = activation
+        self._handle.set_activation(activation.kind, activation.alpha, activation.limit)
+        self.biases: ExpertBiases | None = None
+        if biases is not None:
+            self.biases = biases.as_kernels_take_them(num_experts, hidden_size, intermediate_size)
+            self._handle.set_biases(self.biases.gate, self.biases.up, self.biases.down)
 
     @property
     def storage(self) -> Tensor:
@@ -100,10 +110,15 @@ class PackedExperts:
         """The leading arguments by which the kernels know these experts."""
         return (self._handle,)
 
+    def with_(self, *, activation: Activation = SILU, biases: ExpertBiases | None = None) -> PackedExperts:
+        """The same packed weights with this activation and these biases."""
+        return PackedExperts(self._storage, *self._sizes(), activation, biases)
+
+    def _sizes(self) -> tuple[int, int, int, Layout, None]:
+        return self.num_experts, self.hidden_size, self.intermediate_size, self.layout, None
+
     def __reduce__(self) -> tuple:
-        return PackedExperts, (
-            self._storage, self.num_experts, self.hidden_size, self.intermediate_size, self.layout
-        )  # fmt: skip
+        return PackedExperts, (self._storage, *self._sizes(), self.activation, self.biases)
 
     def _shape(self, projection: int) -> tuple[int, int]:
         D, F = self.hidden_size, self.intermediate_size
@@ -182,9 +197,13 @@ def pack_experts(
     down_proj: Tensor,
     weight_format: str = "int8",
     group_size: int | None = None,
+    *,
+    activation: Activation = SILU,
+    biases: ExpertBiases | None = None,
 ) -> PackedExperts:
     """Pack frozen experts: gate_proj (E, F, D), up_proj (E, F, D), down_proj (E, D, F), any float dtype.
 
+    activation is what they compute from gate and up, biases (gate (E, F), up (E, F), down (E, D)) are added to products.
     weight_format is bf16, int8 or int4; group_size 32, 64, 128, 0 (per channel) or None (the format's default).
     Raises ValueError on shapes that do not fit together, NaN or Inf, an unknown format or group size.
     """
@@ -194,7 +213,7 @@ def pack_experts(
     for name, weight, shape in (("up_proj", up_proj, (E, F, D)), ("down_proj", down_proj, (E, D, F))):
         if tuple(weight.shape) != shape:
             raise ValueError(f"{name}: expected shape {shape} to fit gate_proj, got {tuple(weight.shape)}")
-    packed = PackedExperts.empty(E, D, F, weight_format, group_size)
+    packed = PackedExperts.empty(E, D, F, weight_format, group_size).with_(activation=activation, biases=biases)
     for e in range(E):
         packed.pack_expert_(e, gate_proj[e], up_proj[e], down_proj[e])
     return packed
