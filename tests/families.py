@@ -77,6 +77,14 @@ ALL: dict[str, tuple[str, dict[str, Any]]] = {
             **{"num_experts_per_tok": 2, "n_shared_experts": 1, "first_k_dense_replace": 1, "head_dim": 16},
         },
     ),
+    "gpt_oss": ("gpt_oss", dict(intermediate_size=40, num_local_experts=8, num_experts_per_tok=2, head_dim=16)),
+    "llama4": (
+        "llama4_text",
+        {
+            **dict(intermediate_size=40, intermediate_size_mlp=80, num_local_experts=8, num_experts_per_tok=1),
+            **dict(head_dim=16, interleave_moe_layer_step=1),
+        },
+    ),
     "olmoe": ("olmoe", dict(intermediate_size=40, num_experts=8, num_experts_per_tok=2, norm_topk_prob=False)),
     "qwen3_next": (
         "qwen3_next",
@@ -200,9 +208,12 @@ def dense_weights(tuned: Any, reference: Any, scaling: float = 2.0) -> tuple[dic
             part = {"up_proj": 1, "w3": 1}.get(projection, 0)
             is_down = projection in ("down_proj", "w2")
             key = f"{base}.{stacks[is_down]}"
-            zero = torch.zeros_like(delta)
-            halves = [delta, zero] if part == 0 else [zero, delta]
-            weights[key] = weights[key] + (delta if is_down else torch.cat(halves, dim=1))
+            if not is_down:
+                zero = torch.zeros_like(delta)
+                halves = [delta, zero] if part == 0 else [zero, delta]
+                alternate = f"{key}_bias" in weights  # gpt-oss
+                delta = torch.stack(halves, 2).flatten(1, 2) if alternate else torch.cat(halves, dim=1)
+            weights[key] = weights[key] + (delta if delta.shape == weights[key].shape else delta.mT)
         else:
             for e in range(delta.shape[0]):
                 weights[f"{base}.{e}.{projection}.weight"] = weights[f"{base}.{e}.{projection}.weight"] + delta[e]

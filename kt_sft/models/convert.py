@@ -33,10 +33,10 @@ from ..ops import PackedExperts
 from ..weights.checkpoint import Checkpoint, ExpertTensors
 from ..weights.formats import open_checkpoint
 from ..weights.loader import load_experts
-from . import blocks_v4, ruled
+from . import blocks_fused, blocks_v4, ruled
 from .names import hub_names, locate
 from .source import readable_weights, unquantised_configurations
-from .spec import MoeSpec, describe_fused, describe_list, is_fused
+from .spec import MoeSpec, describe_fused, describe_list, fused_biases, fused_expert, is_fused
 
 logger = logging.getLogger(__name__)
 
@@ -165,6 +165,9 @@ def swap_experts(
             intermediate_size=spec.intermediate_size,
             names=spec.names,
             block_name=spec.block_name,
+            fused=spec.fused,
+            activation=spec.activation,
+            has_bias=spec.has_bias,
             activation_policy=config.activation_policy,
             compute_type=config.compute_type,
             dtype=spec.dtype,
@@ -189,6 +192,7 @@ def _find_experts(model: nn.Module, config: KtConfig, ruled_tensors: ruled.Sourc
             inside = f"{path}."
         elif is_fused(module):
             spec = describe_fused(module, path)
+            methods += blocks_fused.adapted_method(model.get_submodule(parent_path))
             names, block_name = hub_names(model, path)
             found.append((path, module, replace(spec, names=names, block_name=block_name)))
         elif isinstance(module, nn.ModuleList) and leaf == "experts" and len(module):
@@ -224,7 +228,8 @@ def fill_experts(model: Any, model_dir: StrPath, config: KtConfig, *, revision: 
             peers=sharing.host_peers if sharing else None,
         )
         for path, m in group.items():
-            m.set_packed(packed[path], sharing.layer(packed[path], num_experts) if sharing else None)
+            ready = packed[path].with_(activation=m.activation)
+            m.set_packed(ready, sharing.layer(ready, num_experts) if sharing else None)
     _finish(model)
 
 
@@ -272,7 +277,14 @@ def _refuse_save(self: Any, *args: Any, **kwargs: Any) -> NoReturn:
 
 def _tensors(path: str, experts: KtExperts, model: Any, checkpoint: Checkpoint, config: KtConfig) -> ExpertTensors:
     rule = ruled.rule_for(path, config.family_rules)
-    return ruled.tensors_of(path, rule) if rule else locate(path, experts, model.base_model_prefix, checkpoint)
+    tensors = ruled.tensors_of(path, rule) if rule else locate(path, experts, model.base_model_prefix, checkpoint)
+    if tensors.has_biases != experts.has_bias:
+        found = "biases that this model's experts do not have" if tensors.has_biases else "none"
+        raise ValueError(
+            f"{checkpoint.folder}: experts of {path}: expected {'biases beside' if experts.has_bias else 'only'} "
+            f"{', '.join(tensors.names())}, got {found}; use a checkpoint of this model"
+        )
+    return tensors
 
 
 def _ruled_tensors(model_dir: StrPath, config: KtConfig, revision: str | None) -> ruled.Source | None:
@@ -301,15 +313,15 @@ def _pack(path: str, original: nn.Module, experts: KtExperts, config: KtConfig, 
         if any(m.is_meta for m in matrices):
             raise ValueError("convert_model: expected loaded weights, got a meta model; use kt_sft.from_pretrained")
         packed.pack_expert_(index, *(m.cpu() for m in matrices))
-    return packed
+    biases = fused_biases(original, experts.fused, held) if experts.has_bias else None
+    return packed.with_(activation=experts.activation, biases=biases)
 
 
 def _expert(original: nn.Module, experts: KtExperts, index: int) -> tuple[Tensor, Tensor, Tensor]:
     if isinstance(original, nn.ModuleList):
         gate, up, down = (original[index].get_parameter(f"{name}.weight").data for name in experts.names)
     else:
-        gate, up = original.get_parameter("gate_up_proj").data[index].chunk(2)
-        down = original.get_parameter("down_proj").data[index]
+        gate, up, down = fused_expert(original, experts.fused, index)
     return gate, up, down
 
 

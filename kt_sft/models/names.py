@@ -61,9 +61,11 @@ def locate(path: str, experts: KtExperts, base_prefix: str, checkpoint: Checkpoi
             if is_stored(f"{base}.gate_up_proj{suffix}", checkpoint):
                 return _fused(f"{base}.gate_up_proj{suffix}", f"{base}.down_proj{suffix}", experts, checkpoint)
     for number in re.findall(r"\blayers\.(\d+)\.", path):
-        gate, up, down = (f"blk.{number}.ffn_{name}_exps.weight" for name in ("gate", "up", "down"))
-        if gate in checkpoint:
-            return ExpertTensors(gate=gate, up=up, down=down)
+        gate, up, down = (f"blk.{number}.ffn_{name}_exps" for name in ("gate", "up", "down"))
+        if f"{gate}.weight" in checkpoint:
+            biases = {f"{n}_bias": f"blk.{number}.ffn_{n}_exps.bias" for n in ("gate", "up", "down")}
+            biases = biases if f"{down}.bias" in checkpoint else {}
+            return ExpertTensors(gate=f"{gate}.weight", up=f"{up}.weight", down=f"{down}.weight", **biases)
     near = sorted(
         name for name in checkpoint.names() if f".{path.rsplit('.', 3)[-3]}." in name and ".experts." in name
     )[:3]
@@ -74,12 +76,12 @@ def locate(path: str, experts: KtExperts, base_prefix: str, checkpoint: Checkpoi
 
 
 def _fused(gate_up: str, down: str, experts: KtExperts, checkpoint: Checkpoint) -> ExpertTensors:
-    """gpt-oss, whose stacks end in ``_blocks``, has gate and up in alternating rows; biases are optional."""
+    """Gate and up in alternating rows where the family has them so (gpt-oss); biases are optional."""
     gate_up_bias, down_bias = (f"{name}_bias" if f"{name}_bias" in checkpoint else None for name in (gate_up, down))
     return ExpertTensors(
         gate_up=gate_up,
         down=down,
-        interleaved=f"{gate_up}_blocks" in checkpoint,
+        interleaved=experts.fused.interleaved,
         transposed=_transposed(gate_up, down, experts, checkpoint),
         gate_up_bias=gate_up_bias,
         down_bias=down_bias,

@@ -25,7 +25,8 @@ import torch
 from torch import Tensor, nn
 
 from ..distributed.sharing import SharedLayer
-from ..ops import ExpertsLora, PackedExperts, PendingExperts, moe_experts, submit_experts
+from ..ops import Activation, ExpertsLora, PackedExperts, PendingExperts, moe_experts, submit_experts
+from ..ops.activation import SILU
 from ..ops.kernels import LOCAL, Kernels
 
 
@@ -35,6 +36,17 @@ class ProjectionNames(NamedTuple):
     gate: str = "gate_proj"
     up: str = "up_proj"
     down: str = "down_proj"
+
+
+class FusedLayout(NamedTuple):
+    """How a family stacks gate and up of its experts: the adapters of stock PEFT and some checkpoints follow it.
+
+    transposed: (E, D, 2F) and (E, F, D) instead of (E, 2F, D) and (E, D, F). interleaved: gate and up alternate along
+    2F instead of following one another.
+    """
+
+    transposed: bool = False
+    interleaved: bool = False
 
 
 class LoraTerm(NamedTuple):
@@ -102,14 +114,21 @@ class KtExperts(nn.Module):
         intermediate_size: int,
         names: ProjectionNames = ProjectionNames(),  # noqa: B008 (immutable)
         block_name: str = "mlp",
+        fused: FusedLayout = FusedLayout(),  # noqa: B008 (immutable)
+        activation: Activation = SILU,
+        has_bias: bool = False,
         activation_policy: str = "retain",
         compute_type: str = "bf16",
         dtype: torch.dtype = torch.float32,
     ) -> None:
-        """``block_name`` is what checkpoints call the parent module, e.g. Mixtral's ``block_sparse_moe``."""
+        """``block_name`` is what checkpoints call the parent module, e.g. Mixtral's ``block_sparse_moe``.
+
+        ``activation`` and ``has_bias`` are what the experts compute; packed experts must agree.
+        """
         super().__init__()
         self.num_experts, self.hidden_size, self.intermediate_size = num_experts, hidden_size, intermediate_size
-        self.names, self.block_name = names, block_name
+        self.names, self.block_name, self.fused = names, block_name, fused
+        self.activation, self.has_bias = activation, has_bias
         self.activation_policy, self.compute_type = activation_policy, compute_type
         self._shared = _Shared()
         E, D, F = num_experts, hidden_size, intermediate_size
@@ -142,6 +161,11 @@ class KtExperts(nn.Module):
             raise ValueError(
                 f"packed experts: expected (experts, hidden, intermediate) = {expected}, got {got}; "
                 "load the experts of this model"
+            )
+        if (packed.activation, packed.biases is not None) != (self.activation, self.has_bias):
+            raise ValueError(
+                f"packed experts: expected {self.activation} {'with' if self.has_bias else 'without'} biases, got "
+                f"{packed.activation} {'without' if packed.biases is None else 'with'}; load the experts of this model"
             )
         self._shared.packed, self._shared.layer = packed, layer
 

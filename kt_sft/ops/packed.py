@@ -110,9 +110,9 @@ class PackedExperts:
         """The leading arguments by which the kernels know these experts."""
         return (self._handle,)
 
-    def with_(self, *, activation: Activation = SILU, biases: ExpertBiases | None = None) -> PackedExperts:
-        """The same packed weights with this activation and these biases."""
-        return PackedExperts(self._storage, *self._sizes(), activation, biases)
+    def with_(self, *, activation: Activation | None = None, biases: ExpertBiases | None = None) -> PackedExperts:
+        """The same packed weights with another activation or other biases; None leaves what is there."""
+        return PackedExperts(self._storage, *self._sizes(), activation or self.activation, biases or self.biases)
 
     def _sizes(self) -> tuple[int, int, int, Layout, None]:
         return self.num_experts, self.hidden_size, self.intermediate_size, self.layout, None

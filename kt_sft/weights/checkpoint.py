@@ -46,8 +46,9 @@ class ExpertTensors:
     Names with ``{expert}`` are one tensor per expert, names without it stacks of all experts. In a fused tensor gate
     comes first, or its rows alternate with up's (``interleaved``). Matrices may be stored with inputs before outputs
     (``transposed``: stacks (E, D, 2F) and (E, F, D)). The names are those of an unquantised checkpoint
-    (``...weight``, or ``...gate_up_proj``); formats.py finds what stands in their place. ``gate_up_bias`` (E, 2F), in
-    the order of ``gate_up``, and ``down_bias`` (E, D) are optional.
+    (``...weight``, or ``...gate_up_proj``); formats.py finds what stands in their place. Biases are optional stacks
+    of all experts: ``gate_bias`` and ``up_bias`` (E, F), or ``gate_up_bias`` (E, 2F) in the order of ``gate_up``, and
+    ``down_bias`` (E, D).
     """
 
     gate: str | None = None
@@ -56,6 +57,8 @@ class ExpertTensors:
     down: str
     interleaved: bool = False
     transposed: bool = False
+    gate_bias: str | None = None
+    up_bias: str | None = None
     gate_up_bias: str | None = None
     down_bias: str | None = None
 
@@ -70,6 +73,9 @@ class ExpertTensors:
             )
         if (self.interleaved or self.gate_up_bias) and not fused:
             raise ValueError(f"ExpertTensors: expected interleaved and gate_up_bias with gate_up only; got {self}")
+        biases = [name is not None for name in self.bias_names()]
+        if any(biases) != all(biases):
+            raise ValueError(f"ExpertTensors: expected biases of all projections or of none; got {self}")
 
     @property
     def fused(self) -> bool:
@@ -78,6 +84,14 @@ class ExpertTensors:
     @property
     def stacked(self) -> bool:
         return "{expert}" not in self.down
+
+    @property
+    def has_biases(self) -> bool:
+        return self.down_bias is not None
+
+    def bias_names(self) -> list[str | None]:
+        of_gate_up = [self.gate_up_bias] if self.fused else [self.gate_bias, self.up_bias]
+        return [*of_gate_up, self.down_bias]
 
     def names(self) -> list[str]:
         return [name for name in (self.gate, self.up, self.gate_up, self.down) if name is not None]
@@ -193,6 +207,14 @@ class Checkpoint:
         for name, file in (weight_map or {}).items():
             if name not in self._entries:
                 raise ValueError(f"{self.folder / file}: {INDEX} places tensor {name!r} there, but the file lacks it")
+
+    @property
+    def has_biases(self) -> bool:
+        return self.down_bias is not None
+
+    def bias_names(self) -> list[str | None]:
+        of_gate_up = [self.gate_up_bias] if self.fused else [self.gate_bias, self.up_bias]
+        return [*of_gate_up, self.down_bias]
 
     def names(self) -> list[str]:
         return list(self._entries)

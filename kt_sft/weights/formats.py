@@ -17,6 +17,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from ..ops.activation import ExpertBiases
 from .checkpoint import Checkpoint, ExpertTensors
 from .formats_float import Float, Fp8
 from .formats_gguf import Gguf
@@ -60,14 +61,11 @@ _BIAS_DTYPES = ("BF16", "F16", "F32")
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class ExpertWeights:
-    """One expert: gate (F, D), up (F, D), down (D, F), and biases (F), (F), (D) where the checkpoint has them."""
+    """One expert: gate (F, D), up (F, D), down (D, F)."""
 
     gate: QuantizedWeight
     up: QuantizedWeight
     down: QuantizedWeight
-    gate_bias: Tensor | None = None
-    up_bias: Tensor | None = None
-    down_bias: Tensor | None = None
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
         """Gate, up and down."""
@@ -116,7 +114,9 @@ class ExpertReader:
         D, F = hidden_size, intermediate_size
         shapes = [(2 * F, D), (D, F)] if tensors.fused else [(F, D), (F, D), (D, F)]
         self._matrices = list(zip(tensors.names(), shapes, strict=True))
-        self._biases = [(tensors.gate_up_bias, 2 * F), (tensors.down_bias, D)]
+        widths = [2 * F, D] if tensors.fused else [F, F, D]
+        found = zip(tensors.bias_names(), widths, strict=True)
+        self._biases = [(name, width) for name, width in found if name is not None]
 
     def _stored(self, expert: int) -> Iterator[tuple[Stored, tuple[int, int]]]:
         """Every matrix of an expert and its shape in the file."""
@@ -139,9 +139,8 @@ class ExpertReader:
                 for suffix in chosen.tensors(stored) if self._tensors.stacked else ():
                     self._require_stack(partner(stored.name, suffix))
         for name, length in self._biases:
-            if name is not None:
-                Stored(self._checkpoint, name, 0).require("weight", _BIAS_DTYPES, (length,))
-                self._require_stack(name)
+            Stored(self._checkpoint, name, 0).require("weight", _BIAS_DTYPES, (length,))
+            self._require_stack(name)
 
     def _require_stack(self, name: str) -> None:
         entry = self._checkpoint.entry(name)
@@ -153,7 +152,7 @@ class ExpertReader:
     def names_of(self, expert: int) -> list[str]:
         """The tensors that hold this expert, biases included; the first is the first in its file's order."""
         names = [partner(s.name, suffix) for s, _ in self._stored(expert) for suffix in format_of(s).tensors(s)]
-        return names + [name for name, _ in self._biases if name is not None]
+        return names + [name for name, _ in self._biases]
 
     def arrangement(self, layer: str) -> list[tuple[object, ...]]:
         """How the matrices are to be read, where names and shapes alone do not tell; part of the cache's identity."""
@@ -170,26 +169,30 @@ class ExpertReader:
         parts = [format_of(stored).read(stored, shape) for stored, shape in self._stored(expert)]
         if self._tensors.transposed:
             parts = [part.transposed() for part in parts]
-        gate_up_bias, down_bias = (self._bias(name, expert) for name, _ in self._biases)
         if not self._tensors.fused:
-            return ExpertWeights(gate=parts[0], up=parts[1], down=parts[2], down_bias=down_bias)
-        F = parts[0].shape[0] // 2
-        of_gate, of_up = slice(0, F), slice(F, 2 * F)
-        if self._tensors.interleaved:
-            of_gate, of_up = slice(0, 2 * F, 2), slice(1, 2 * F, 2)
-        return ExpertWeights(
-            gate=parts[0].rows(of_gate),
-            up=parts[0].rows(of_up),
-            down=parts[1],
-            gate_bias=None if gate_up_bias is None else gate_up_bias[of_gate].contiguous(),
-            up_bias=None if gate_up_bias is None else gate_up_bias[of_up].contiguous(),
-            down_bias=down_bias,
-        )
+            return ExpertWeights(gate=parts[0], up=parts[1], down=parts[2])
+        of_gate, of_up = self._gate_and_up(parts[0].shape[0])
+        return ExpertWeights(gate=parts[0].rows(of_gate), up=parts[0].rows(of_up), down=parts[1])
 
-    def _bias(self, name: str | None, expert: int) -> Tensor | None:
-        if name is None:
+    def _gate_and_up(self, rows: int) -> tuple[slice, slice]:
+        """Which of the rows of a fused matrix are the gate's and up's."""
+        if self._tensors.interleaved:
+            return slice(0, rows, 2), slice(1, rows, 2)
+        return slice(0, rows // 2), slice(rows // 2, rows)
+
+    def biases(self, experts: range) -> ExpertBiases | None:
+        """The biases of some experts, in their stored dtype; None if the checkpoint has none."""
+        if not self._biases:
             return None
-        stored = Stored(self._checkpoint, name, expert)
-        bias = stored.read("weight")
-        stored.require_finite("weight", bias)
-        return bias
+        *parts, down = (self._bias(name, experts) for name, _ in self._biases)
+        if self._tensors.fused:
+            parts = [parts[0][:, columns] for columns in self._gate_and_up(parts[0].shape[1])]
+        return ExpertBiases(gate=parts[0], up=parts[1], down=down)
+
+    def _bias(self, name: str, experts: range) -> Tensor:
+        rows = []
+        for expert in experts:
+            stored = Stored(self._checkpoint, name, expert)
+            rows.append(stored.read("weight"))
+            stored.require_finite("weight", rows[-1])
+        return torch.stack(rows)

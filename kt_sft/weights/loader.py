@@ -82,10 +82,8 @@ def load_experts(
     checkpoint = open_checkpoint(config.expert_checkpoint_path or model_dir)
     sizes = (num_experts, hidden_size, intermediate_size)
     readers = {name: ExpertReader(checkpoint, tensors, *sizes) for name, tensors in layers.items()}
-    for layer, reader in readers.items():
+    for reader in readers.values():
         reader.require()
-        if layers[layer].gate_up_bias or layers[layer].down_bias:
-            raise ValueError(f"{checkpoint.folder}: {layer}: expected experts without biases, which packing would lose")
     held = range(num_experts) if held is None else held
     content = _content(checkpoint, readers, num_experts, held)
     spec = CacheSpec(
@@ -98,13 +96,14 @@ def load_experts(
         content=content,
         source="" if config.weight_path else _source(checkpoint, content),
     )
-    job = _Job(checkpoint, readers, spec, held, progress, config)
-    path = _path(job, config)
-    if path is None:
-        return _pack_in_memory(job, peers)
-    if peers is None:
-        return _open_or_build(path, job)
-    return _first_then_others(peers, lambda: _open_or_build(path, job), lambda: open_packed(path, spec, check=False))
+    packed = _packed(_Job(checkpoint, readers, spec, held, progress, config), peers)
+    return {layer: _with_biases(experts, readers[layer], held) for layer, experts in packed.items()}
+
+
+def _with_biases(packed: PackedExperts, reader: ExpertReader, held: range) -> PackedExperts:
+    """Biases are small and not part of the packed file: they are read every time."""
+    biases = reader.biases(held)
+    return packed if biases is None else packed.with_(biases=biases)
 
 
 @dataclass(frozen=True)
@@ -126,6 +125,17 @@ class _Job:
 
     def layout(self, layer: str) -> Layout:
         return self.spec.sizes(self.spec.layers.index(layer))[-1]
+
+
+def _packed(job: _Job, peers: Peers | None) -> dict[str, PackedExperts]:
+    path = _path(job, job.config)
+    if path is None:
+        return _pack_in_memory(job, peers)
+    if peers is None:
+        return _open_or_build(path, job)
+    return _first_then_others(
+        peers, lambda: _open_or_build(path, job), lambda: open_packed(path, job.spec, check=False)
+    )
 
 
 def _open_or_build(path: Path, job: _Job) -> dict[str, PackedExperts]:
