@@ -102,27 +102,31 @@ def _take_fused(state: dict[str, Tensor], base: str, path: str, experts: KtExper
         lora_a, lora_b = (state.pop(key) for key in keys)
         is_down = {lora_a.shape[1], lora_b.shape[0]} == {F, D}
         inputs, outputs = (F, D) if is_down else (D, 2 * F)
-        a_ERI, b_EOR = split_fused(lora_a, lora_b, experts.num_experts, inputs, outputs, keys[0])
+        a_ERI, b_EOR = split_fused(
+            lora_a, lora_b, experts.num_experts, inputs, outputs, keys[0], transposed=experts.fused.transposed
+        )
         if is_down:
             parts = {experts.names.down: (a_ERI, b_EOR)}
         else:
             gate, up = experts.names.gate, experts.names.up
-            parts = {gate: (a_ERI, b_EOR[:, :F]), up: (a_ERI.clone(), b_EOR[:, F:])}
+            alternate = experts.fused.interleaved
+            of_gate, of_up = (slice(0, None, 2), slice(1, None, 2)) if alternate else (slice(0, F), slice(F, None))
+            parts = {gate: (a_ERI, b_EOR[:, of_gate]), up: (a_ERI.clone(), b_EOR[:, of_up])}
         for name, (a, b) in parts.items():
             state[f"{path}.{name}.lora_A.weight"], state[f"{path}.{name}.lora_B.weight"] = a, b.contiguous()
 
 
 def split_fused(
-    lora_a: Tensor, lora_b: Tensor, num_experts: int, inputs: int, outputs: int, where: str
+    lora_a: Tensor, lora_b: Tensor, num_experts: int, inputs: int, outputs: int, where: str, *, transposed: bool = False
 ) -> tuple[Tensor, Tensor]:
     """PEFT's ``target_parameters`` factors of a (E, outputs, inputs) parameter -> A (E, R, inputs), B (E, outputs, R).
 
     lora_A (E*R, x) is read as (E, R, x) and lora_B (y, R*E) as (y, R, E). PEFT 0.18 pairs x = outputs with y = inputs
     (it takes the parameter's first matrix dimension for the input); later versions pair x = inputs with y = outputs.
-    The shapes tell, unless inputs == outputs.
+    The shapes tell, unless inputs == outputs. A parameter (E, inputs, outputs), ``transposed``, has x = inputs in all.
     """
     x, y = lora_a.shape[1], lora_b.shape[0]
-    if inputs == outputs:
+    if inputs == outputs and not transposed:
         raise ValueError(
             f"adapter tensor {where}: expected inputs and outputs of different size, got {inputs} for both, so the "
             "fused layout is ambiguous; save the adapter with per-expert keys"
@@ -135,6 +139,6 @@ def split_fused(
     rank = lora_a.shape[0] // num_experts
     a_ERx = lora_a.reshape(num_experts, rank, x)
     b_EyR = lora_b.reshape(y, rank, num_experts).permute(2, 0, 1)
-    if x == inputs:
+    if x == inputs:  # so it is where a transposed parameter is square
         return a_ERx.contiguous(), b_EyR.contiguous()
     return b_EyR.transpose(1, 2).contiguous(), a_ERx.transpose(1, 2).contiguous()

@@ -22,8 +22,8 @@ def expert_target_names(model: nn.Module) -> list[str]:
 
 
 def routers(model: nn.Module) -> dict[str, nn.Module]:
-    """Routers of packed experts that are not Linears, by path: modules beside the experts with a weight (E, D)."""
-    return {path: module for path, module, _ in _all_routers(model) if not isinstance(module, nn.Linear)}
+    """Routers of packed experts that do more than a Linear, by path: modules beside the experts, weight (E, D)."""
+    return {path: module for path, module, _ in _all_routers(model) if not _is_linear(module)}
 
 
 def uncalled_routers(model: nn.Module) -> list[str]:
@@ -33,6 +33,11 @@ def uncalled_routers(model: nn.Module) -> list[str]:
         for path, module, block in _all_routers(model)
         if isinstance(module, nn.Linear) and f"self.{path.rpartition('.')[2]}.weight" in _source(block)
     ]
+
+
+def _is_linear(module: nn.Module) -> bool:
+    """Llama 4's router is a subclass that returns scores."""
+    return isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
 
 
 def _all_routers(model: nn.Module) -> list[tuple[str, nn.Module, nn.Module]]:

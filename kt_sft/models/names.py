@@ -33,8 +33,10 @@ def hub_names(model: Any, path: str) -> tuple[ProjectionNames, str]:
 
 
 def _renamer(model: Any) -> Any:
-    from transformers import conversion_mapping, core_model_loading
-
+    try:
+        from transformers import conversion_mapping, core_model_loading
+    except ImportError:  # transformers 4 renames nothing
+        return lambda key: key
     rules = conversion_mapping.get_model_conversion_mapping(model)
     renamings = [rule for rule in rules if isinstance(rule, core_model_loading.WeightRenaming)]
     converters = [rule for rule in rules if isinstance(rule, core_model_loading.WeightConverter)]

@@ -262,6 +262,36 @@ def test_adapter_of_target_parameters_loads(checkpoint: Path, parts: list[str], 
     assert rms_ratio(logits(model), logits(load(checkpoint))) > 5e-2
 
 
+@pytest.mark.skipif(not FUSED, reason="target_parameters on fused experts need transformers 5")
+@pytest.mark.parametrize(("family", "block", "width"), [("gpt_oss", "mlp", 64), ("llama4", "feed_forward", 40)])
+def test_adapter_of_transposed_parameters_loads(tmp_path: Path, family: str, block: str, width: int) -> None:
+    """gpt-oss's gate and up alternate, and its down_proj is square."""
+    kt_peft.install()
+    folder = save_checkpoint(tiny_model(family, intermediate_size=width), tmp_path / "model")
+    stock = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    parameters = [f"{block}.experts.{part}" for part in ("gate_up_proj", "down_proj")]
+    config = lora(load(folder), target_modules=["q_proj"], target_parameters=parameters)
+    torch.manual_seed(5)
+    stock = get_peft_model(stock, config).eval()
+    stock.save_pretrained(tmp_path / "adapter")
+    model = PeftModel.from_pretrained(load(folder), tmp_path / "adapter").eval()
+    assert rms_ratio(logits(model), logits(stock)) < 1e-2
+    assert rms_ratio(logits(model), logits(load(folder))) > 5e-2
+
+
+@pytest.mark.parametrize("family", ["gpt_oss", "llama4"])
+def test_per_expert_files_of_fused_families_load_back(tmp_path: Path, family: str) -> None:
+    kt_peft.install()
+    folder = save_checkpoint(tiny_model(family), tmp_path / "model")
+    model = tune(folder)
+    model.save_pretrained(tmp_path / "adapter")
+    block = {"gpt_oss": "mlp", "llama4": "feed_forward"}[family]
+    tensors = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    assert tensors[f"base_model.model.model.layers.1.{block}.experts.7.down_proj.lora_A.weight"].shape == (4, 40)
+    assert tensors[f"base_model.model.model.layers.1.{block}.experts.7.up_proj.lora_B.weight"].shape == (40, 4)
+    assert torch.equal(logits(PeftModel.from_pretrained(load(folder), tmp_path / "adapter").eval()), logits(model))
+
+
 def test_three_dimensional_names_load(qwen: Path, tmp_path: Path) -> None:
     model = tune(qwen)
     model.save_pretrained(tmp_path)
@@ -340,3 +370,4 @@ def test_ambiguous_fused_layout_is_refused() -> None:
         split_fused(torch.zeros(8, 16), torch.zeros(16, 8), 4, 16, 16, "experts.lora_A.weight")
     with pytest.raises(ValueError, match=r"expected factors of 3 experts of \(32, 16\), got"):
         split_fused(torch.zeros(8, 16), torch.zeros(32, 8), 3, 16, 32, "experts.lora_A.weight")
+    split_fused(torch.zeros(8, 16), torch.zeros(16, 8), 4, 16, 16, "experts.lora_A.weight", transposed=True)

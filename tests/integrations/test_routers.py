@@ -76,6 +76,26 @@ def test_router_adapter_equals_the_merged_router(checkpoint: Path) -> None:
         assert rms_ratio(factors(model)[name].grad, leaf.grad) < 5e-2, name
 
 
+@pytest.mark.parametrize("family", ["gpt_oss", "llama4"])
+def test_routers_with_rules_of_their_own(tmp_path: Path, family: str) -> None:
+    """gpt-oss's adds a bias, Llama 4's is a Linear that returns sigmoid scores, which scale the experts' input."""
+    kt_peft.install()
+    folder = save_checkpoint(tiny_model(family), tmp_path)
+    model = tune(folder, target_modules=["router", "experts"])
+    reference = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    weights, leaves = dense_weights(model, reference)
+    expected, got = functional_call(reference, weights, (token_ids(),)).logits, logits(model)
+    agree = torch.tensor(token_errors(got, expected)).view(got.shape[:2]) < 1e-2
+    assert agree.float().mean() > 0.9
+    direction = torch.randn_like(got) * agree[..., None]
+    (got * direction).sum().backward()
+    (expected * direction).sum().backward()
+    of_routers = [name for name in leaves if ".router." in name]
+    assert len(of_routers) == 4
+    for name in of_routers:
+        assert rms_ratio(factors(model)[name].grad, leaves[name].grad) < 5e-2, name
+
+
 @needs_fused
 def test_router_and_experts_together_and_off(checkpoint: Path) -> None:
     model, base = tune(checkpoint), logits(load(checkpoint))

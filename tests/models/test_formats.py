@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from kt_sft.config import KtConfig
 from kt_sft.models.convert import experts_on_cpu, from_pretrained
 from kt_sft.models.names import locate
-from kt_sft.nn.experts import KtExperts
+from kt_sft.nn.experts import FusedLayout, KtExperts
 from kt_sft.weights.checkpoint import Checkpoint
 from tests.families import rms_ratio, save_checkpoint, tiny_model, token_ids
 from tests.weights import published
@@ -93,5 +93,6 @@ def test_the_configuration_is_whole_again_afterwards(model, tmp_path):
 
 def test_where_gpt_oss_keeps_its_experts(tmp_path):
     made = published.mxfp4_gpt_oss({LAYER: tuple(torch.randn(2, 64, 64) for _ in range(3))})
-    experts = KtExperts(num_experts=2, hidden_size=64, intermediate_size=64, dtype=torch.bfloat16)
+    fused = FusedLayout(transposed=True, interleaved=True)  # of the class; the file's stacks are not transposed
+    experts = KtExperts(num_experts=2, hidden_size=64, intermediate_size=64, fused=fused, has_bias=True)
     assert locate(LAYER, experts, "model", Checkpoint(made.write(tmp_path))) == made.layers[LAYER]

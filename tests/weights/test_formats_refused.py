@@ -107,7 +107,7 @@ VALUES: list[tuple[str, str, Change, str]] = [
     ("int4_group32", f"{GATE}.weight_scale", torch.zeros_like, "expected scales above zero, got 0"),
     ("int4_group32", f"{GATE}.weight_shape", lambda t: t - 1, r"expected \[256, 256\], got \[255, 255\]"),
     ("mxfp4_gpt_oss", f"{LAYER}.down_proj_scales", lambda t: t | 255, "expert 1: expected finite scales, got NaN"),
-    ("mxfp4_gpt_oss", f"{LAYER}.down_proj_bias", lambda t: t / 0, "expert 1: expected finite values, got"),
+    ("mxfp4_gpt_oss", f"{LAYER}.down_proj_bias", lambda t: t / 0, "expert 0: expected finite values, got"),
     ("mxfp4_deepseek_v4", f"{V4}.scale", byte(255), "expected finite scales, got NaN"),
     ("mxfp4_deepseek_v4", f"{V4}.scale", byte(253), "expected finite scales, got Inf"),
     ("gptq", f"{GATE}.scales", filled(INF), "expected finite scales, got Inf"),
@@ -128,6 +128,7 @@ def test_values_that_no_quantiser_writes(tmp_path, kind, name, change, message):
         layer.read(0)  # the other expert is whole
     with pytest.raises(ValueError, match=message) as error:
         layer.read(1)
+        layer.biases(range(2))
     assert str(tmp_path / "model.safetensors") in str(error.value) and name in str(error.value)
 
 

@@ -144,7 +144,13 @@ def test_ctrl_c_leaves_no_file(tmp_path, monkeypatch):
     assert [p.suffix for p in (tmp_path / "c").iterdir()] == [".lock"]
 
 
-def test_biases_are_not_dropped(tmp_path):
-    made = published.mxfp4_gpt_oss({layer_name(0): weights()[layer_name(0)]})
-    with pytest.raises(ValueError, match=rf"{layer_name(0)}: expected experts without biases"):
-        load(made.write(tmp_path), made.layers, cache_dir="none")
+def test_biases_are_read_beside_packed_experts_every_time(tmp_path):
+    layer = layer_name(0)
+    made = published.mxfp4_gpt_oss({layer: weights()[layer]})
+    gate_up, down = (made.tensors[f"{layer}.{name}_bias"] for name in ("gate_up_proj", "down_proj"))
+    folder = made.write(tmp_path / "model")
+    for cache in ("none", str(tmp_path / "c"), str(tmp_path / "c")):
+        biases = load(folder, made.layers, cache_dir=cache)[layer].biases
+        assert torch.equal(biases.gate, gate_up[:, 0::2].float())
+        assert torch.equal(biases.up, gate_up[:, 1::2].float())
+        assert torch.equal(biases.down, down.float())
