@@ -79,11 +79,18 @@ ALL: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "gpt_oss": ("gpt_oss", dict(intermediate_size=40, num_local_experts=8, num_experts_per_tok=2, head_dim=16)),
     "llama4": (
-        "llama4_text",
-        {
-            **dict(intermediate_size=40, intermediate_size_mlp=80, num_local_experts=8, num_experts_per_tok=1),
-            **dict(head_dim=16, interleave_moe_layer_step=1),
-        },
+        "llama4",
+        dict(
+            text_config={
+                **dict(intermediate_size=40, intermediate_size_mlp=80, num_local_experts=8, num_experts_per_tok=1),
+                **dict(head_dim=16, interleave_moe_layer_step=1),
+            },
+            vision_config={
+                **dict(hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, image_size=28),
+                **dict(vision_output_dim=32, projector_input_dim=32, projector_output_dim=32),
+            },
+            **dict(boi_token_index=90, eoi_token_index=91, image_token_index=92),
+        ),
     ),
     "olmoe": ("olmoe", dict(intermediate_size=40, num_experts=8, num_experts_per_tok=2, norm_topk_prob=False)),
     "qwen3_next": (
@@ -228,6 +235,8 @@ def with_lora(model: Any, **options: Any) -> Any:
 
     kt_peft.install()
     targets = ["q_proj", "o_proj", "kv_b_proj", *kt_peft.expert_target_names(model)]
+    if any("vision_model." in name for name, _ in model.named_modules()):  # no test shows a picture
+        options["exclude_modules"] = r"(.*\.)?vision_model\..*"
     config = LoraConfig(r=4, lora_alpha=8, target_modules=targets, init_lora_weights=False, **options)
     torch.manual_seed(5)  # no routing near-tie that bf16 products would flip
     return get_peft_model(model, config)

@@ -26,7 +26,7 @@ from kt_sft.integrations import peft as kt_peft
 from kt_sft.integrations.adapter_keys import split_fused
 from kt_sft.models.convert import from_pretrained
 from kt_sft.nn.experts import KtExperts
-from tests.families import dense_weights, rms_ratio, save_checkpoint, tiny_model, token_ids
+from tests.families import dense_weights, rms_ratio, save_checkpoint, stock_model, tiny_model, token_ids
 
 REPOSITORY = Path(__file__).parents[2]
 OVERLAYS = Path(os.environ.get("KT_SFT_OVERLAYS", REPOSITORY / ".cache" / "overlays"))  # made by `make test`
@@ -268,7 +268,7 @@ def test_adapter_of_transposed_parameters_loads(tmp_path: Path, family: str, blo
     """gpt-oss's gate and up alternate, and its down_proj is square."""
     kt_peft.install()
     folder = save_checkpoint(tiny_model(family, intermediate_size=width), tmp_path / "model")
-    stock = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    stock = stock_model(folder)
     parameters = [f"{block}.experts.{part}" for part in ("gate_up_proj", "down_proj")]
     config = lora(load(folder), target_modules=["q_proj"], target_parameters=parameters)
     torch.manual_seed(5)
@@ -285,10 +285,10 @@ def test_per_expert_files_of_fused_families_load_back(tmp_path: Path, family: st
     folder = save_checkpoint(tiny_model(family), tmp_path / "model")
     model = tune(folder)
     model.save_pretrained(tmp_path / "adapter")
-    block = {"gpt_oss": "mlp", "llama4": "feed_forward"}[family]
+    block = {"gpt_oss": "model.layers.1.mlp", "llama4": "language_model.model.layers.1.feed_forward"}[family]
     tensors = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
-    assert tensors[f"base_model.model.model.layers.1.{block}.experts.7.down_proj.lora_A.weight"].shape == (4, 40)
-    assert tensors[f"base_model.model.model.layers.1.{block}.experts.7.up_proj.lora_B.weight"].shape == (40, 4)
+    assert tensors[f"base_model.model.{block}.experts.7.down_proj.lora_A.weight"].shape == (4, 40)
+    assert tensors[f"base_model.model.{block}.experts.7.up_proj.lora_B.weight"].shape == (40, 4)
     assert torch.equal(logits(PeftModel.from_pretrained(load(folder), tmp_path / "adapter").eval()), logits(model))
 
 

@@ -18,7 +18,7 @@ from kt_sft.config import KtConfig
 from kt_sft.integrations import peft as kt_peft
 from kt_sft.integrations.peft_targets import routers, uncalled_routers
 from kt_sft.models.convert import from_pretrained
-from tests.families import dense_weights, rms_ratio, save_checkpoint, tiny_model, token_ids
+from tests.families import dense_weights, rms_ratio, save_checkpoint, stock_model, tiny_model, token_ids
 
 FUSED = int(transformers.__version__.split(".")[0]) >= 5
 needs_fused = pytest.mark.skipif(not FUSED, reason="routers are Linears in transformers 4")
@@ -82,7 +82,7 @@ def test_routers_with_rules_of_their_own(tmp_path: Path, family: str) -> None:
     kt_peft.install()
     folder = save_checkpoint(tiny_model(family), tmp_path)
     model = tune(folder, target_modules=["router", "experts"])
-    reference = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    reference = stock_model(folder)
     weights, leaves = dense_weights(model, reference)
     expected, got = functional_call(reference, weights, (token_ids(),)).logits, logits(model)
     agree = torch.tensor(token_errors(got, expected)).view(got.shape[:2]) < 1e-2
