@@ -273,8 +273,14 @@ def gguf_blocks(stack: Tensor, kind: str, seed: int = 0) -> np.ndarray:
     return blocks.reshape(*stack.shape[:-1], -1)
 
 
-def write_gguf(file: Path, weights: Weights, kinds: dict[str, str] | str, arch: str = "qwen3moe") -> Path:
-    """``blk.N.ffn_{gate,up,down}_exps.weight``; ``kinds`` by gate, up, down, or one for all."""
+def write_gguf(
+    file: Path,
+    weights: Weights,
+    kinds: dict[str, str] | str,
+    arch: str = "qwen3moe",
+    biases: dict[str, tuple[Tensor, ...]] | None = None,
+) -> Path:
+    """``blk.N.ffn_{gate,up,down}_exps.weight``, ``.bias``; ``kinds`` by gate, up, down, or one for all."""
     file.parent.mkdir(parents=True, exist_ok=True)
     writer = gguf.GGUFWriter(file, arch)
     writer.add_array("tokenizer.ggml.tokens", ["a", "bc", "def"])
@@ -284,6 +290,8 @@ def write_gguf(file: Path, weights: Weights, kinds: dict[str, str] | str, arch: 
             kind = kinds if isinstance(kinds, str) else kinds[name]
             data = gguf_blocks(stack, kind, seed=3 * i + j)
             writer.add_tensor(f"blk.{i}.ffn_{name}_exps.weight", data, raw_dtype=gguf.GGMLQuantizationType[kind])
+            if biases is not None:
+                writer.add_tensor(f"blk.{i}.ffn_{name}_exps.bias", list(biases.values())[i][j].float().numpy().copy())
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
