@@ -29,6 +29,7 @@ PATCHES: dict[str, tuple[str, str]] = {
     "llamafactory.chat.hf_engine": ("kt_sft.integrations.interrupt", "patch_hf_engine"),
     "llamafactory.hparams.parser": ("kt_sft.integrations.llamafactory", "patch_parser"),
     "llamafactory.model.loader": ("kt_sft.integrations.llamafactory", "patch_loader"),
+    "llamafactory.model.patcher": ("kt_sft.integrations.llamafactory_attention", "patch_patcher"),
     "llamafactory.model.adapter": ("kt_sft.integrations.llamafactory", "patch_adapter"),
     "llamafactory.train.callbacks": ("kt_sft.integrations.throughput", "patch_callbacks"),
     "llamafactory.train.tuner": ("kt_sft.integrations.llamafactory", "patch_tuner"),

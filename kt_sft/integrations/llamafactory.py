@@ -3,6 +3,7 @@
 Patched (see hooks.PATCHES):
     hparams.parser   ``use_kt`` needs no fork; kt_* keys and ``kt_config`` become a KtConfig, checked before loading
     model.loader     ``load_model`` builds parameter-free experts and fills them from the checkpoint's shards
+    model.patcher    gpt-oss trains without a GPU (llamafactory_attention.py)
     model.adapter    ``lora_target: all`` includes the routed experts; several adapters are kept apart, not merged
     train.tuner      ``export_model`` says what to do instead; Ctrl-C ends a training cleanly
 
