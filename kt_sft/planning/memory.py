@@ -38,8 +38,8 @@ def total(lines: list[Line]) -> int:
 
 
 def packed_bytes(parts: ModelParts, weight_format: str | Layout) -> int:
-    """Codes, scales and padding of all layers, and their biases in bf16."""
-    return sum(group.layers * (layer_bytes(group, weight_format) + 2 * group.biases) for group in parts.experts)
+    """Codes, scales and padding of all layers, and their biases in fp32."""
+    return sum(group.layers * (layer_bytes(group, weight_format) + 4 * group.biases) for group in parts.experts)
 
 
 def layer_bytes(group: ExpertLayers, weight_format: str | Layout) -> int:

@@ -23,13 +23,14 @@ from kt_sft.distributed import agreement, start
 from kt_sft.distributed.memory import filled_once
 from kt_sft.distributed.sharing import Sharing
 from kt_sft.nn.experts import KtExperts, KtExpertsLinear, LoraTerm
-from kt_sft.ops import pack_experts
+from kt_sft.ops import Activation, ExpertBiases, pack_experts
 from kt_sft.weights.loader import load_experts
 from tests.weights import checkpoints
 
 E, D, F, K, R = 8, 64, 48, 3, 4
 TOKENS = ([13, 40], [7, 0], [0, 0], [1, 300])  # of the two ranks, step by step
 
+GATE = Activation("clamped_swiglu", alpha=1.702, limit=7.0)
 Outcome = dict[str, Tensor]
 
 
@@ -53,10 +54,15 @@ class Layer(nn.Module):
         super().__init__()
         torch.manual_seed(0)
         self.router = nn.Linear(D, E, bias=False)
-        self.experts = KtExperts(num_experts=E, hidden_size=D, intermediate_size=F, activation_policy=policy)
+        self.experts = KtExperts(
+            num_experts=E, hidden_size=D, intermediate_size=F, activation_policy=policy, activation=GATE, has_bias=True
+        )
         weights = [torch.randn(shape) * 0.1 for shape in ((E, F, D), (E, F, D), (E, D, F))]
+        biases = [torch.randn(E, width) for width in (F, F, D)]
         held = sharing.place.experts(E) if sharing else range(E)
-        packed = pack_experts(*(w[held.start : held.stop] for w in weights), weight_format="bf16")
+        weights, (gate, up, down) = ([t[held.start : held.stop] for t in part] for part in (weights, biases))
+        held_biases = ExpertBiases(gate=gate, up=up, down=down)
+        packed = pack_experts(*weights, weight_format="bf16", activation=GATE, biases=held_biases)
         self.experts.set_packed(packed, sharing.layer(packed, E) if sharing else None)
         for name in self.experts.names:
             self.experts.add_module(name, Projection(self.experts.get_submodule(name)))  # type: ignore[arg-type]

@@ -96,7 +96,9 @@ def test_tied_embeddings_count_once():
 
 
 def test_experts_that_cannot_run_are_named():
-    assert "GptOssExperts" in (describe(config("gpt_oss_120b")).obstacle or "")
+    assert describe(config("gpt_oss_120b")).obstacle is None
+    unknown = describe({**config("qwen3_235b_a22b"), "hidden_act": "gelu"})
+    assert "Qwen3MoeExperts with activation" in (unknown.obstacle or "")
 
 
 def test_remote_code_is_not_needed_for_a_class_that_transformers_has():
