@@ -50,7 +50,8 @@ struct Silu {
 
 struct ClampedSwiglu {
   float alpha, limit;
-  explicit ClampedSwiglu(const Activation& a) : alpha(a.alpha), limit(a.limit) {}
+  uint32_t limit_bits;
+  explicit ClampedSwiglu(const Activation& a) : alpha(a.alpha), limit(a.limit), limit_bits(bits_of(a.limit)) {}
   float act(float g) const {
     const float c = g > limit ? limit : g;
     return c * sigmoid(alpha * c);
@@ -69,9 +70,10 @@ struct ClampedSwiglu {
   // The nearest bf16 on the same side of the bound: one step away from 0 or towards it where rounding has crossed it.
   uint32_t saved(float x) const {
     const uint32_t bits = round_bits(x);
-    return bits + beyond(x) - beyond(float_of(bits << 16));
+    return bits + beyond(bits_of(x)) - beyond(bits << 16);
   }
-  uint32_t beyond(float x) const { return x > limit || x < -limit; }
+  // |x| > limit, of a float's bits: as whole numbers the loop vectorises.
+  uint32_t beyond(uint32_t bits) const { return (bits & 0x7fffffffu) > limit_bits ? 1u : 0u; }
 };
 
 template <class Rule>
