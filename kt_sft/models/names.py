@@ -8,6 +8,7 @@ layouts a checkpoint really has.
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from typing import Any
 
 from ..nn.experts import KtExperts, ProjectionNames
@@ -65,9 +66,10 @@ def locate(path: str, experts: KtExperts, base_prefix: str, checkpoint: Checkpoi
     for number in re.findall(r"\blayers\.(\d+)\.", path):
         gate, up, down = (f"blk.{number}.ffn_{name}_exps" for name in ("gate", "up", "down"))
         if f"{gate}.weight" in checkpoint:
-            biases = {f"{n}_bias": f"blk.{number}.ffn_{n}_exps.bias" for n in ("gate", "up", "down")}
-            biases = biases if f"{down}.bias" in checkpoint else {}
-            return ExpertTensors(gate=f"{gate}.weight", up=f"{up}.weight", down=f"{down}.weight", **biases)
+            found = ExpertTensors(gate=f"{gate}.weight", up=f"{up}.weight", down=f"{down}.weight")
+            if f"{down}.bias" not in checkpoint:
+                return found
+            return replace(found, gate_bias=f"{gate}.bias", up_bias=f"{up}.bias", down_bias=f"{down}.bias")
     near = sorted(
         name for name in checkpoint.names() if f".{path.rsplit('.', 3)[-3]}." in name and ".experts." in name
     )[:3]

@@ -45,7 +45,7 @@ class MoeSpec:
     dtype: torch.dtype
     names: ProjectionNames = field(default_factory=ProjectionNames)
     block_name: str = "mlp"
-    fused: FusedLayout = FusedLayout()
+    fused: FusedLayout = field(default_factory=FusedLayout)
     activation: Activation = SILU
     has_bias: bool = False
 

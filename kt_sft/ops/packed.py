@@ -203,7 +203,7 @@ def pack_experts(
 ) -> PackedExperts:
     """Pack frozen experts: gate_proj (E, F, D), up_proj (E, F, D), down_proj (E, D, F), any float dtype.
 
-    activation is what they compute from gate and up, biases (gate (E, F), up (E, F), down (E, D)) are added to products.
+    activation: what they compute from gate and up, biases (gate (E, F), up (E, F), down (E, D)) are added to products.
     weight_format is bf16, int8 or int4; group_size 32, 64, 128, 0 (per channel) or None (the format's default).
     Raises ValueError on shapes that do not fit together, NaN or Inf, an unknown format or group size.
     """

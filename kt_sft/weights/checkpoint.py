@@ -208,14 +208,6 @@ class Checkpoint:
             if name not in self._entries:
                 raise ValueError(f"{self.folder / file}: {INDEX} places tensor {name!r} there, but the file lacks it")
 
-    @property
-    def has_biases(self) -> bool:
-        return self.down_bias is not None
-
-    def bias_names(self) -> list[str | None]:
-        of_gate_up = [self.gate_up_bias] if self.fused else [self.gate_bias, self.up_bias]
-        return [*of_gate_up, self.down_bias]
-
     def names(self) -> list[str]:
         return list(self._entries)
 

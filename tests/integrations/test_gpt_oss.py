@@ -34,7 +34,11 @@ def checkpoints(folder: Path, tokenizer: Path) -> dict[str, Path]:
     made = published.mxfp4_gpt_oss(weights)
     mxfp4 = published.with_experts(bf16, folder / "mxfp4", made.tensors, quantization_config=made.quantization_config)
     llama = tiny_model("llama4", vocab_size=vocabulary, dtype=torch.bfloat16)
-    return {"bf16": bf16, "mxfp4": mxfp4, "llama4": with_tokenizer(save_checkpoint(llama, folder / "llama4"), tokenizer)}
+    return {
+        "bf16": bf16,
+        "mxfp4": mxfp4,
+        "llama4": with_tokenizer(save_checkpoint(llama, folder / "llama4"), tokenizer),
+    }
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +46,7 @@ def runs(workspace: Any) -> Any:
     """Two steps on each, in one process."""
     made = checkpoints(workspace.folder / "gpt_oss", workspace.model)
     common = {"max_steps": 2, "save_steps": 2, "lora_dropout": 0.0, "kt_config": {"kt_expert_weight_format": "bf16"}}
-    template = {"bf16": "gpt_oss", "mxfp4": "gpt_oss", "llama4": "empty"}
+    template = {"bf16": "gpt_oss", "mxfp4": "gpt_oss", "llama4": "empty"}  # llama4 wants a picture processor
     workspace.drive(
         *(
             {
@@ -62,7 +66,9 @@ def test_two_steps_with_every_expert_adapted(runs: Any, name: str, block: str) -
     losses = runs.losses(f"family_{name}")
     assert sorted(losses) == [1, 2] and all(0 < loss < 20 for loss in losses.values())
     adapter = runs.adapter(f"family_{name}")
-    experts = [key for key in adapter if re.search(rf"layers\.[01]\.{block}\.experts\.\d\.(gate|up|down)_proj\.lora_B", key)]
+    experts = [
+        key for key in adapter if re.search(rf"layers\.[01]\.{block}\.experts\.\d\.(gate|up|down)_proj\.lora_B", key)
+    ]
     assert len(experts) == 2 * 8 * 3
     assert sum(float(adapter[key].abs().sum()) > 0 for key in experts) > len(experts) / 2
     assert any(".self_attn.q_proj." in key for key in adapter)

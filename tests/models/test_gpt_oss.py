@@ -37,7 +37,9 @@ def fused(source: Path, layers: dict[str, ExpertTensors], biases: dict[str, Tens
     tensors = dict(biases)
     for layer, layout in layers.items():
         reader = ExpertReader(open_checkpoint(source), layout, E, D, F)
-        gate, up, down = (torch.stack(part) for part in zip(*(reader.read(e).dequantize() for e in range(E)), strict=True))
+        gate, up, down = (
+            torch.stack(part) for part in zip(*(reader.read(e).dequantize() for e in range(E)), strict=True)
+        )
         tensors[f"{layer}.gate_up_proj"] = torch.stack([gate, up], dim=2).flatten(1, 2).mT
         tensors[f"{layer}.down_proj"] = down.mT
     return {name: tensor.bfloat16().contiguous() for name, tensor in tensors.items()}
@@ -157,7 +159,9 @@ def gguf_biases(tensors: dict[str, Tensor], path: str) -> tuple[Tensor, ...]:
 
 def test_a_checkpoint_without_its_biases_is_refused(checkpoints: Any, tmp_path: Path) -> None:
     _, twin = checkpoints
-    tensors = {name: tensor for name, tensor in read_all(twin).items() if "layers.1.mlp.experts.down_proj_b" not in name}
+    tensors = {
+        name: tensor for name, tensor in read_all(twin).items() if "layers.1.mlp.experts.down_proj_b" not in name
+    }
     save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
     (tmp_path / "config.json").write_text((twin / "config.json").read_text())
     with pytest.raises(ValueError, match="expected biases of all projections or of none"):

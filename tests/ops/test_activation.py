@@ -173,5 +173,5 @@ def test_what_does_not_fit_is_refused():
             pack_experts(*weights, biases=ExpertBiases(**{**good, name: value}))
     with pytest.raises(ValueError, match="activation: expected silu or clamped_swiglu, got 'gelu'"):
         Activation("gelu")  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="activation: expected a finite alpha and a limit of at least 0, got 1.0"):
+    with pytest.raises(ValueError, match=r"activation: expected a finite alpha and a limit of at least 0, got 1\.0"):
         Activation("clamped_swiglu", limit=-1.0)

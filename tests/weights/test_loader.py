@@ -154,5 +154,7 @@ def test_biases_are_read_beside_packed_experts_every_time(tmp_path):
         assert torch.equal(biases.gate, gate_up[:, 0::2].float())
         assert torch.equal(biases.up, gate_up[:, 1::2].float())
         assert torch.equal(biases.down, down.float())
-    one = load_experts(folder, made.layers, config=KtConfig(cache_dir="none"), held=range(1, 2), progress=False, **SIZES)
+    one = load_experts(
+        folder, made.layers, config=KtConfig(cache_dir="none"), held=range(1, 2), progress=False, **SIZES
+    )
     assert torch.equal(one[layer].biases.down, down[1:2].float())
