@@ -9,6 +9,7 @@ import torch
 
 from kt_sft import native
 from kt_sft.ops import moe_experts, pack_experts
+from kt_sft.ops.layout import QUANTISED
 from kt_sft.ops.packed import PackedExperts
 from tests.conftest import rms_ratio
 from tests.ops.test_experts import CASES, Case, assert_close
@@ -105,13 +106,30 @@ def test_same_bits_for_any_number_of_threads():
 
 
 @pytest.mark.parametrize("fmt", native.formats())
+@pytest.mark.parametrize("T", [3, 40])
+def test_every_format_on_nodes(fmt: str, T: int):
+    """Codes and scales of arbitrary bytes, of which none is a NaN or vanishing scale, copied to other nodes."""
+    layer = Case(T=T, R=0, D=288, F=160)
+    lowest = 0x7C if fmt == "mxfp4" else 0x3C
+    packed = PackedExperts.empty(4, 288, 160, fmt)
+    packed.storage.copy_(torch.randint(lowest, lowest + 4, packed.storage.shape))
+    layer.packed = packed
+    expected = on_nodes(1, layer)
+    native.set_nodes([[]] * 3)
+    layer.packed = packed.copy()
+    assert torch.equal(layer.packed.storage, packed.storage)
+    got = on_nodes(3, layer)
+    assert torch.equal(got["out"], expected["out"]) and expected["out"].isfinite().all() and expected["out"].any()
+    assert max(rms_ratio(got[name], expected[name]) for name in expected) < REORDERED
+
+
+@pytest.mark.parametrize("fmt", QUANTISED)
 def test_packing_and_copying_give_the_same_bytes(fmt: str):
-    torch.manual_seed(1)
     weights = torch.randn(3, 75, 90), torch.randn(3, 75, 90), torch.randn(3, 90, 75)
     expected = pack_experts(*weights, fmt)
     native.set_nodes([[]] * 4)
     packed = PackedExperts.empty(3, 90, 75, fmt)
-    packed.storage.fill_(0xFF)
+    packed.storage.fill_(0xFF)  # all but the padding is written
     for e in range(3):
         packed.pack_expert_(e, *(w[e] for w in weights))
     copied = expected.copy()
