@@ -67,7 +67,7 @@ struct ColumnTask {
 // Columns cut into tasks. The columns are laid out over the nodes like block rows of a packed matrix (as multiples of
 // `unit`); a forward product of these columns reads rows of the node alone. A product that sums over the rows takes as
 // many turns as there are nodes: at each, node n adds what its rows give to the columns of node n + turn, so that no
-// two nodes write to the same place and the order of a sum depends on nothing but the number of nodes.
+// two nodes write to the same place and the order of a sum is fixed for a number of nodes and the rows of a call.
 class ColumnTasks {
  public:
   ColumnTasks(const Plan& plan, int columns, int64_t pieces, int turn = 0)
