@@ -42,7 +42,7 @@ def empty(shape: Sequence[int], dtype: torch.dtype, huge_pages: bool = True) -> 
 
 
 def empty_matrices(nbytes: int, count: int) -> Tensor:
-    """uint8 for ``count`` packed matrices: on small pages where a NUMA node's part of one is, as a page has one place."""
+    """uint8 for ``count`` packed matrices; on small pages where a NUMA node's part of one is small."""
     nodes = len(native.nodes())
     return empty((nbytes,), torch.uint8, huge_pages=nodes == 1 or nbytes // count // nodes >= _LARGE_PART)
 
