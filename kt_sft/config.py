@@ -43,6 +43,7 @@ _SYNONYMS = {
     "backend": "weight_format",
     "cpu_activation": "activation_policy",
     "cpuinfer": "num_threads",
+    "threadpool_count": "numa_nodes",
 }
 _BACKENDS = {"amxbf16": "bf16", "amxint8": "int8", "amxint4": "int4", "rawint4": "int4", "llamafile": "gguf"}
 
@@ -60,7 +61,6 @@ _WITHOUT_MEANING = frozenset(
         "share_backward_bb",
         "share_cache_pool",
         "skip_expert_loading",
-        "threadpool_count",
         "tp_enabled",
         "weight_lifecycle",
     }
@@ -88,6 +88,8 @@ class KtConfig:
         compute_type: of the forward products: bf16, or int8 (needs int8 weights and a CPU with int8 dot products; the
             layer's input and its hidden values are quantised too). Gradients are computed in bf16.
         num_threads: threads of the kernels; None: the physical cores this process may use.
+        numa_nodes: split the columns of every expert over at most this many NUMA nodes; None: all that this process
+            may use, one: no split.
         expert_parallel: what several processes share. host: the ranks of a host compute the experts for each other;
             world: each host also holds its share of the experts only; none: every rank computes its own tokens.
         cache_dir: folder of packed experts, or "none" to keep none on disk; None: $KT_SFT_CACHE or ~/.cache/kt_sft.
@@ -103,6 +105,7 @@ class KtConfig:
     activation_policy: ActivationPolicy = "retain"
     compute_type: ComputeType = "bf16"
     num_threads: int | None = None
+    numa_nodes: int | None = None
     expert_parallel: ExpertParallel = "host"
     cache_dir: str | None = None
     weight_path: str | None = None
@@ -133,9 +136,10 @@ class KtConfig:
                     f"group_size: expected nothing, since {self.weight_format} leaves no choice; got {self.group_size};"
                     " leave it out or choose weight_format int8 or int4"
                 )
-        value = self.num_threads
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-            raise ValueError(f"num_threads: expected a whole number of at least 1, got {value!r}; leave it out for all")
+        for name in ("num_threads", "numa_nodes"):
+            value = getattr(self, name)
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+                raise ValueError(f"{name}: expected a whole number of at least 1, got {value!r}; leave it out for all")
         if self.family_rules != ():
             try:
                 object.__setattr__(self, "family_rules", parse_rules(self.family_rules))
@@ -220,7 +224,7 @@ class KtConfig:
 
 _FIELDS = {f.name: f for f in fields(KtConfig)}
 _PATHS = ("cache_dir", "weight_path", "expert_checkpoint_path", "non_expert_weight_path")
-_NUMBERS = ("group_size", "num_threads")
+_NUMBERS = ("group_size", "num_threads", "numa_nodes")
 
 
 def _strip(key: Any, source: str) -> str:

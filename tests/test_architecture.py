@@ -16,7 +16,8 @@ CSRC = ROOT / "csrc"
 ALLOWED = {
     "rules": set(),
     "config": {"rules"},
-    "native": {"config"},
+    "topology": set(),
+    "native": {"config", "topology"},
     "ops": {"native"},
     "distributed": {"ops", "native", "config"},
     "weights": {"native", "config", "ops", "distributed"},
@@ -25,7 +26,10 @@ ALLOWED = {
     "planning": {"machine", "models", "ops", "native", "config"},
     "models": {"nn", "ops", "weights", "native", "config", "rules", "distributed"},
     "integrations": {"models", "nn", "ops", "weights", "native", "config", "distributed"},
-    "cli": {"integrations", "planning", "machine", "models", "nn", "ops", "weights", "native", "config", "distributed"},
+    "cli": {
+        *("integrations", "planning", "machine", "models", "nn", "ops", "weights", "native", "config", "distributed"),
+        "topology",
+    },
 }
 ENTRY_POINTS = {"__init__", "__main__"}
 THIRD_PARTY_FREE = {"config", "rules"}  # standard library only

@@ -13,6 +13,7 @@
 #include "binding/tensor.h"
 #include "common/check.h"
 #include "common/huge_pages.h"
+#include "common/nodes.h"
 #include "common/thread_pool.h"
 #include "common/workspace.h"
 #include "kernels/bandwidth.h"
@@ -95,9 +96,9 @@ PackedMatrix checked_matrix(const ExpertWeights& w, int expert, int projection) 
 }
 
 // Memory of a CPU tensor that has not been written yet.
-void wish_huge_pages(const py::object& tensor) {
+void wish_huge_pages(const py::object& tensor, bool wish) {
   check_is_tensor(tensor, "tensor");
-  advise_huge_pages(reinterpret_cast<void*>(address(tensor)), tensor.attr("nbytes").cast<size_t>());
+  advise_huge_pages(reinterpret_cast<void*>(address(tensor)), tensor.attr("nbytes").cast<size_t>(), wish);
 }
 
 void pack(const PackedHandle& packed, int expert, int projection, const py::object& weights) {
@@ -136,6 +137,19 @@ void pack_quantised(const PackedHandle& packed, int expert, int projection, cons
   KT_CHECK(count == static_cast<int>(planes.size()), "planes: expected ", count, ", got ", planes.size());
   py::gil_scoped_release release;
   pack_codes(m, code_data, plane_data);
+}
+
+void copy(const PackedHandle& to, const PackedHandle& from) {
+  const ExpertWeights &dst = to.weights(), &src = from.weights();
+  for (const Projection p : {kGate, kUp, kDown}) {
+    const PackedMatrix a = dst.matrix(0, p), b = src.matrix(0, p);
+    KT_CHECK(dst.num_experts == src.num_experts && a.rows == b.rows && a.cols == b.cols && a.format == b.format &&
+                 a.group_size == b.group_size,
+             "copy: expected experts of the same sizes, weight format and group size");
+  }
+  py::gil_scoped_release release;
+  for (int expert = 0; expert < dst.num_experts; ++expert)
+    for (const Projection p : {kGate, kUp, kDown}) copy_matrix(dst.matrix(expert, p), src.matrix(expert, p));
 }
 
 void unpack(const PackedHandle& packed, int expert, int projection, const py::object& out) {
@@ -335,6 +349,15 @@ PYBIND11_MODULE(_C, m) {
         set_num_threads(threads);
       },
       py::arg("threads"));
+  m.def("nodes", [] { return nodes().cpus; }, "the CPUs of each NUMA node that the work is split over");
+  m.def(
+      "set_nodes",
+      [](const std::vector<std::vector<int>>& cpus) {
+        py::gil_scoped_release release;
+        Workspace between_calls;  // a running call has cut its work for the nodes it began with
+        set_nodes(cpus);
+      },
+      py::arg("cpus"));
   m.def("peak_flops", peak_flops, py::arg("iterations"), "measured multiply-add rate of all threads, from registers");
   m.def("peak_int8", peak_int8, py::arg("iterations"), "the same of int8 multiply-adds");
   m.def("computes_int8", [] { return kernels().gemm8 != nullptr; });
@@ -359,9 +382,10 @@ PYBIND11_MODULE(_C, m) {
       .def("set_activation", &PackedHandle::set_activation, py::arg("kind"), py::arg("alpha"), py::arg("limit"))
       .def("set_biases", &PackedHandle::set_biases, py::arg("gate"), py::arg("up"), py::arg("down"),
            "fp32 (E, F), (E, F) and (E, D), read where they lie");
-  m.def("wish_huge_pages", wish_huge_pages, "ask for transparent huge pages for a fresh CPU tensor");
+  m.def("wish_huge_pages", wish_huge_pages, "transparent huge pages, or none, for a fresh CPU tensor");
   m.def("pack", pack);
   m.def("pack_codes", pack_quantised, "codes and scale planes as they are: csrc/kernels/pack.h");
+  m.def("copy", copy, "the bytes of other experts of the same kind, by the threads of the nodes that own them");
   m.def("unpack", unpack);
   m.def("product", product, "out = act W^T, or act W if transposed; W is one projection of one expert");
   m.def("product_int8", product_int8, "out = act W^T with act quantised per row and group of columns");

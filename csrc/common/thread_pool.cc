@@ -17,6 +17,7 @@
 #include <thread>
 
 #include "common/check.h"
+#include "common/nodes.h"
 
 namespace kt_sft {
 namespace {
@@ -53,18 +54,21 @@ struct Signal {
 
 // The caller opens a loop, drains it together with the workers that come in time, closes it and waits for those
 // inside: a worker that the system has not scheduled yet delays nobody.
+// Tasks come in groups, one for each node; a thread takes those of its own node first and then helps the others.
 struct Pool {
-  explicit Pool(int threads) : threads(threads) {
+  Pool(int threads, const Nodes& nodes) : threads(threads), nodes(nodes) {
     for (int i = 1; i < threads; ++i) std::thread([this, i] { worker(i); }).detach();
   }
 
   void worker(int thread) {
+    const int node = nodes.of_thread(thread, threads);
+    nodes.bind(node);
     for (uint32_t seen = 0;;) {
       loops.wait_change(seen);
       seen = loops.value.load(std::memory_order_acquire);
       if (stop.load(std::memory_order_relaxed)) return;
       if (!enter()) continue;
-      drain(thread);
+      drain(thread, node);
       leave();
     }
   }
@@ -81,17 +85,21 @@ struct Pool {
     if (inside.value.fetch_sub(1) - 1 == kClosed) inside.wake_all();
   }
 
-  void drain(int thread) {
-    for (int64_t t; (t = next.fetch_add(1, std::memory_order_relaxed)) < tasks;) fn(context, t, thread);
+  void drain(int thread, int node) {
+    for (int i = 0; i < tasks.nodes; ++i) {
+      const int group = (node + i) % tasks.nodes;
+      for (int64_t t; (t = next[group].task.fetch_add(1, std::memory_order_relaxed)) < tasks.end[group];)
+        fn(context, t, thread);
+    }
   }
 
-  void run(int64_t count, TaskFn task_fn, void* task_context) {
-    tasks = count, fn = task_fn, context = task_context;
-    next.store(0, std::memory_order_relaxed);
+  void run(const NodeTasks& node_tasks, TaskFn task_fn, void* task_context) {
+    tasks = node_tasks, fn = task_fn, context = task_context;
+    for (int n = 0; n < tasks.nodes; ++n) next[n].task.store(tasks.begin(n), std::memory_order_relaxed);
     inside.value.store(0, std::memory_order_release);
     loops.value.fetch_add(1);
     loops.wake_all();
-    drain(0);
+    drain(0, nodes.of_caller());
     inside.value.fetch_or(kClosed, std::memory_order_acq_rel);
     for (uint32_t left; (left = inside.value.load(std::memory_order_acquire)) != kClosed;) inside.wait_change(left);
   }
@@ -102,12 +110,17 @@ struct Pool {
     loops.wake_all();
   }
 
+  struct alignas(64) Counter {
+    std::atomic<int64_t> task{0};
+  };
+
   const int threads;
+  const Nodes& nodes;
   std::atomic<bool> stop{false};
-  int64_t tasks = 0;  // these three: written while no worker is inside
+  NodeTasks tasks;  // these three: written while no worker is inside
   TaskFn fn = nullptr;
   void* context = nullptr;
-  alignas(64) std::atomic<int64_t> next{0};
+  Counter next[kMaxNodes];
   alignas(64) Signal loops{{0}};         // counts the loops
   alignas(64) Signal inside{{kClosed}};  // workers in the loop, and whether more may come
 };
@@ -120,14 +133,14 @@ std::string core_of(int cpu) {
   return siblings.empty() ? std::to_string(cpu) : siblings;
 }
 
-// Physical cores among the CPUs that this process may use.
+// Physical cores among the CPUs of the nodes, or else among those that this process may use.
 int available_cores() {
   cpu_set_t set;
   CPU_ZERO(&set);
   if (sched_getaffinity(0, sizeof set, &set) != 0) return 1;
   std::set<std::string> cores;
   for (int cpu = 0; cpu < CPU_SETSIZE; ++cpu)
-    if (CPU_ISSET(cpu, &set)) cores.insert(core_of(cpu));
+    if (CPU_ISSET(cpu, &set) && (!nodes().bound() || nodes().node_of_cpu[cpu] >= 0)) cores.insert(core_of(cpu));
   return cores.empty() ? 1 : static_cast<int>(cores.size());
 }
 
@@ -157,17 +170,18 @@ void set_num_threads(int threads) {
   wanted_threads = threads;
 }
 
-void run_tasks(int64_t tasks, TaskFn fn, void* context) {
-  if (tasks <= 0) return;
+void run_tasks(const NodeTasks& tasks, TaskFn fn, void* context) {
+  const int64_t total = tasks.total();
   const int threads = num_threads();  // once: another thread may change it meanwhile
-  if (threads == 1 || tasks == 1) {
-    for (int64_t t = 0; t < tasks; ++t) fn(context, t, 0);
+  if (threads == 1 || total <= 1) {
+    for (int64_t t = 0; t < total; ++t) fn(context, t, 0);
     return;
   }
   std::lock_guard<std::mutex> lock(*pool_mutex);
-  if (pool == nullptr || pool->threads != threads) {
+  const Nodes& here = nodes();
+  if (pool == nullptr || pool->threads != threads || &pool->nodes != &here) {
     if (pool != nullptr) pool->shut_down();  // its few bytes stay: workers are still returning from them
-    pool = new Pool(threads);
+    pool = new Pool(threads, here);
   }
   pool->run(tasks, fn, context);
 }

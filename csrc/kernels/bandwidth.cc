@@ -56,14 +56,15 @@ double read_bandwidth(int64_t bytes_per_thread, int64_t passes, bool huge_pages)
            "bytes_per_thread: expected a positive multiple of 512, got ", bytes_per_thread);
   KT_CHECK(passes > 0, "passes: expected at least 1, got ", passes);
   const int threads = num_threads();
+  const NodeTasks parts = split_over_nodes(threads, nodes().count());  // each read by the node that fills it
   const Buffer buffer(bytes_per_thread * threads, huge_pages);
   const auto part = [&](int64_t task) { return buffer.data() + task * bytes_per_thread; };
   std::vector<uint64_t> sums(threads * kLine), expected(threads * kLine);
-  parallel_for(threads, [&](int64_t task, int) { expected[task * kLine] = fill(part(task), bytes_per_thread); });
+  parallel_for(parts, [&](int64_t task, int) { expected[task * kLine] = fill(part(task), bytes_per_thread); });
   double best = 0;
   for (const int64_t ahead : kPrefetchDistances) {
     const auto start = std::chrono::steady_clock::now();
-    parallel_for(threads, [&](int64_t task, int) {
+    parallel_for(parts, [&](int64_t task, int) {
       uint64_t sum = 0;
       for (int64_t n = 0; n < passes; ++n) sum += kernels().read(part(task), bytes_per_thread, ahead);
       sums[task * kLine] = sum;

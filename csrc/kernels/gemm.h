@@ -256,7 +256,8 @@ inline Ahead codes_ahead(const GemmArgs& g, const GemmTerm& term, int strip, int
 
 inline void multiply_panel(const GemmArgs& g, const GemmTerm& term, int strip, int q0, int q_tiles, bool accumulate,
                            const Ops::Elem* panel, float* c) {
-  const int m_tiles = (g.m + kTileRows - 1) / kTileRows, all_q = (term.q + kTileSteps - 1) / kTileSteps;
+  const int m_tiles = (g.m + kTileRows - 1) / kTileRows;
+  const int all_q = term.act_tiles > 0 ? term.act_tiles : (term.q + kTileSteps - 1) / kTileSteps;
   const auto* act = static_cast<const Ops::Elem*>(term.act) + int64_t{q0} * kTileElems;
   float* acc = accumulator(c, strip, m_tiles, 0, 0);
   const Ahead ahead = codes_ahead(g, term, strip, q0);
@@ -334,5 +335,6 @@ inline void gemm(const GemmArgs& g) {
     }
   }
   ActiveOps::end();
+  if (!accumulate) __builtin_memset(c, 0, sizeof(float) * kBlock * strips * round_up(g.m, kTileRows));
   emit(g, c);
 }

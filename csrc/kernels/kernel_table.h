@@ -15,6 +15,7 @@ struct GemmTerm {
   int q;
   const PackedMatrix* packed;  // either packed weights: (c, q) = (n, k) if the activations are left, (k, n) if right
   const DenseView* dense;      // or a dense factor with element (c, q)
+  int act_tiles = 0;           // tiles from one row of tiles of act to the next; 0: those of q
 };
 
 // out[m][c - c0] = sum over terms, fp32, overwritten; c0 a multiple of 32; m <= max_rows, nc <= max_cols.

@@ -11,7 +11,7 @@ namespace kt_sft {
 
 bool pack_matrix(const PackedMatrix& dst, const void* weights, bool is_float) {
   std::atomic<bool> finite{true};
-  parallel_for(dst.row_blocks(), [&](int64_t nb, int) {
+  parallel_for(split_over_nodes(dst.row_blocks(), nodes().count()), [&](int64_t nb, int) {
     if (!kernels().quantize_strip({weights, is_float, &dst, static_cast<int>(nb)})) finite = false;
   });
   return finite;
@@ -134,10 +134,22 @@ void pack_plane(const PackedMatrix& dst, int nb, int p, const uint8_t* from) {
 void pack_codes(const PackedMatrix& dst, const uint8_t* codes, const uint8_t* const* planes) {
   const PackBlock pack_block = pack_block_of(info(dst.format).bits);
   const int64_t row_bytes = source_row_bytes(dst.format, dst.cols);
-  parallel_for(dst.row_blocks(), [&](int64_t task, int) {
+  parallel_for(split_over_nodes(dst.row_blocks(), nodes().count()), [&](int64_t task, int) {
     const int nb = static_cast<int>(task);
     for (int kb = 0; kb < dst.col_blocks(); ++kb) pack_block(dst, nb, kb, codes, row_bytes);
     for (int p = 0; p < kMaxPlanes && dst.plane(p).lanes > 0; ++p) pack_plane(dst, nb, p, planes[p]);
+  });
+}
+
+void copy_matrix(const PackedMatrix& dst, const PackedMatrix& src) {
+  const int64_t blocks = dst.row_blocks(), codes = dst.code_bytes();
+  parallel_for(split_over_nodes(blocks, nodes().count()), [&](int64_t nb, int) {
+    const auto copy = [&](int64_t begin, int64_t end) {
+      std::memcpy(const_cast<uint8_t*>(dst.codes) + begin, src.codes + begin, end - begin);
+    };
+    const int64_t scales = codes + nb * dst.scale_row_bytes;
+    copy(codes / blocks * nb, codes / blocks * (nb + 1));
+    copy(scales, nb + 1 < blocks ? scales + dst.scale_row_bytes : dst.nbytes());  // the last one with the padding
   });
 }
 

@@ -21,6 +21,9 @@ bool pack_matrix(const PackedMatrix& dst, const void* weights, bool is_float);
 int64_t source_row_bytes(Format format, int cols);
 void pack_codes(const PackedMatrix& dst, const uint8_t* codes, const uint8_t* const* planes);
 
+// The codes and scales of a matrix of the same format and sizes, each block row by a thread of the node that owns it.
+void copy_matrix(const PackedMatrix& dst, const PackedMatrix& src);
+
 // The exact weights: out (rows, cols).
 void unpack_matrix(const PackedMatrix& src, float* out);
 

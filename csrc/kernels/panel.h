@@ -100,6 +100,13 @@ struct PackedMatrix {
   int64_t nbytes() const { return round_up(code_bytes() + int64_t{row_blocks()} * scale_row_bytes, 64); }
   const uint8_t* block(int nb, int kb) const { return codes + (int64_t{nb} * col_blocks() + kb) * block_bytes(); }
   const uint8_t* scale_plane(int p, int nb) const { return scales + int64_t{nb} * scale_row_bytes + plane_start[p]; }
+  // Block rows [nb0, nb1), a matrix of their own.
+  PackedMatrix block_rows(int nb0, int nb1) const {
+    PackedMatrix part = *this;
+    part.codes = block(nb0, 0), part.scales = scale_plane(0, nb0);
+    part.rows = (nb1 < row_blocks() ? nb1 * kBlock : rows) - nb0 * kBlock;
+    return part;
+  }
 };
 
 // A strided matrix as it lies in memory: element (c, q) at base[(cidx ? cidx[c] : c) * cs + (qidx ? qidx[q] : q) * qs].

@@ -14,6 +14,7 @@ struct Backward {
   GateUpBuffers gate_up;
   uint16_t *gate = nullptr, *up = nullptr;  // (wave rows, F) bf16, when recomputing
   void* dout = nullptr;                     // right tiles (rows, D)
+  float* z_sum = nullptr;                   // (wave rows, F): Z of the turns before the last, with several nodes
   void* dgate_up[2] = {};                   // right tiles (rows, F): dG and dU
   float* dw_parts = nullptr;                // (wave rows, F / 32)
   // Only with LoRA; "small" is (wave rows, R) fp32, "rows" is (wave rows, F) bf16.
@@ -46,6 +47,7 @@ struct Backward {
     const int64_t rows = plan.wave_rows();
     plan.take(ws);
     dout = plan.take_tiles(ws, D);
+    if (plan.nodes > 1) z_sum = ws.take<float>(rows * F);
     for (auto& tiles : dgate_up) tiles = plan.take_tiles(ws, F);
     dw_parts = ws.take<float>(rows * ceil_div(F, kBlock));
     if (recompute || (lora && !saved)) gate_up.take(plan, ws);
@@ -70,11 +72,16 @@ struct Backward {
 
   template <class Fn>
   void for_columns(const Wave& wave, int columns, Fn&& fn) const {
-    const int64_t pieces = wave.end - wave.begin;
-    const int step = plan.column_step(columns, pieces);
-    parallel_for(pieces * ceil_div(columns, step), [&](int64_t task, int thread) {
-      const ColumnTask t = column_task(task, columns, step);
-      fn(plan.segments[wave.begin + t.piece], t.c0, t.nc, plan.thread[thread]);
+    for_columns(wave, columns, 0,
+                [&](const Segment& s, const ColumnTask& t, const Plan::ThreadBuffers& b) { fn(s, t.c0, t.nc, b); });
+  }
+
+  template <class Fn>
+  void for_columns(const Wave& wave, int columns, int turn, Fn&& fn) const {
+    const ColumnTasks tasks(plan, columns, wave.end - wave.begin, turn);
+    parallel_for(tasks.by_node(), [&](int64_t task, int thread) {
+      const ColumnTask t = tasks[task];
+      fn(plan.segments[wave.begin + t.piece], t, plan.thread[thread]);
     });
   }
 
@@ -109,19 +116,43 @@ struct Backward {
     });
   }
 
+  // dLin W over the rows of W that a node has.
+  GemmTerm node_term(void* dlin, const Segment& s, int width, const NodeRows& rows) const {
+    const int all_tiles = static_cast<int>(ceil_div(width, kTileSteps));
+    return {tiles_of(dlin, s, width) + rows.begin / kTileSteps * plan.kernels.tile_bytes, rows.packed.rows,
+            &rows.packed, nullptr, all_tiles};
+  }
+
+  // What a node adds to Z before the last turn.
+  void z_part(const Segment& s, const ColumnTask& t, bool first, const Plan::ThreadBuffers& b) const {
+    const NodeRows down = rows_of_node(plan.weights.matrix(s.expert, kDown), t.node, plan.nodes);
+    const GemmTerm term = node_term(dout, s, hidden(), down);
+    plan.kernels.gemm({Side::right, &term, 1, s.rows, t.c0, t.nc, b.rows[0], t.nc, b.gemm});
+    for (int r = 0; r < s.rows; ++r) {
+      const float* from = b.rows[0] + r * t.nc;
+      float* to = z_sum + (wave_row(s) + r) * intermediate() + t.c0;
+      for (int c = 0; c < t.nc; ++c) to[c] = first ? from[c] : to[c] + from[c];
+    }
+  }
+
   // Z of one column block into rows[0] (ld nc), the dropped-out LoRA part included.
-  void z_block(const Segment& s, int c0, int nc, const Plan::ThreadBuffers& b) const {
+  void z_block(const Segment& s, const ColumnTask& t, const Plan::ThreadBuffers& b) const {
+    const int c0 = t.c0, nc = t.nc;
     const LoraFactors& f = factors(kDown);
     const Lora& l = plan.call.lora;
-    const PackedMatrix packed = plan.weights.matrix(s.expert, kDown);
+    const NodeRows down = rows_of_node(plan.weights.matrix(s.expert, kDown), t.node, plan.nodes);
     DenseView factor;
-    GemmTerm terms[2] = {{tiles_of(dout, s, hidden()), hidden(), &packed, nullptr}, {}};
+    GemmTerm terms[2] = {node_term(dout, s, hidden(), down), {}};
     if (f.rank > 0) {
       factor = factor_a(f, s.expert, intermediate(), Reduce::rank);
       terms[1] = {tiles_of(small_b_tiles[kDown], s, f.rank), f.rank, nullptr, &factor};
     }
     const bool apart = f.rank > 0 && l.down_keep != nullptr;
     plan.kernels.gemm({Side::right, terms, f.rank > 0 && !apart ? 2 : 1, s.rows, c0, nc, b.rows[0], nc, b.gemm});
+    for (int r = 0; r < s.rows && z_sum != nullptr; ++r) {
+      const float* from = z_sum + (wave_row(s) + r) * intermediate() + c0;
+      for (int c = 0; c < nc; ++c) b.rows[0][r * nc + c] += from[c];
+    }
     if (!apart) return;
     plan.kernels.gemm({Side::right, terms + 1, 1, s.rows, c0, nc, b.rows[1], nc, b.gemm});
     for (int r = 0; r < s.rows; ++r) {
@@ -153,10 +184,10 @@ struct Backward {
                        ceil_div(F, kTileSteps)});
   }
 
-  void gradient_block(const Segment& s, int c0, int nc, const Plan::ThreadBuffers& b) const {
-    const int F = intermediate();
+  void gradient_block(const Segment& s, const ColumnTask& t, const Plan::ThreadBuffers& b) const {
+    const int F = intermediate(), c0 = t.c0, nc = t.nc;
     const int64_t parts = ceil_div(F, kBlock), f_tiles = ceil_div(F, kTileSteps);
-    z_block(s, c0, nc, b);
+    z_block(s, t, b);
     for (int r = 0; r < s.rows; ++r)
       plan.kernels.activate_backward(plan.weights.activation, gate_row(s, r, false) + c0, gate_row(s, r, true) + c0,
                                      b.rows[0] + r * nc, plan.routing_weight(s.row0 + r), nc, b.rows[1] + r * nc,
@@ -198,18 +229,19 @@ struct Backward {
   }
 
   // grad[:, c0 : c0 + nc] += the given terms for every segment of the wave.
-  void input_block(const Wave& wave, int c0, int nc, bool base, bool adapters, float* grad,
+  void input_block(const Wave& wave, const ColumnTask& t, bool base, bool adapters, float* grad,
                    const Plan::ThreadBuffers& b) const {
+    const int c0 = t.c0, nc = t.nc;
     for (int i = wave.begin; i < wave.end; ++i) {
       const Segment& s = plan.segments[i];
-      PackedMatrix packed[2];
+      NodeRows rows[2];
       DenseView factor[2];
       GemmTerm terms[4];
       int n = 0;
       for (int p : {kGate, kUp}) {
         const LoraFactors& f = factors(p);
-        packed[p] = plan.weights.matrix(s.expert, static_cast<Projection>(p));
-        if (base) terms[n++] = {tiles_of(dgate_up[p], s, intermediate()), intermediate(), &packed[p], nullptr};
+        rows[p] = rows_of_node(plan.weights.matrix(s.expert, static_cast<Projection>(p)), t.node, plan.nodes);
+        if (base) terms[n++] = node_term(dgate_up[p], s, intermediate(), rows[p]);
         if (!adapters || f.rank == 0) continue;
         factor[p] = factor_a(f, s.expert, hidden(), Reduce::rank);
         terms[n++] = {tiles_of(small_b_tiles[p], s, f.rank), f.rank, nullptr, &factor[p]};
@@ -395,17 +427,24 @@ struct Backward {
     pack_tokens(plan, wave, Side::right, grads.grad_out, D, dout);
     if (factors(kDown).rank > 0)
       for_segments(wave, [&](const Segment& s, const Plan::ThreadBuffers& b) { small_product(kDown, s, dout, D, b); });
-    for_columns(wave, intermediate(),
-                [&](const Segment& s, int c0, int nc, const Plan::ThreadBuffers& b) { gradient_block(s, c0, nc, b); });
+    for (int turn = 0; turn + 1 < plan.nodes; ++turn)
+      for_columns(wave, intermediate(), turn, [&](const Segment& s, const ColumnTask& t, const Plan::ThreadBuffers& b) {
+        z_part(s, t, turn == 0, b);
+      });
+    for_columns(wave, intermediate(), plan.nodes - 1,
+                [&](const Segment& s, const ColumnTask& t, const Plan::ThreadBuffers& b) { gradient_block(s, t, b); });
     weight_gradients(wave);
     if (lora) lora_products(wave);
-    const int step = plan.column_step(D, 1);
     const bool apart = plan.call.lora.x != nullptr;
-    parallel_for(ceil_div(D, step), [&](int64_t task, int thread) {
-      const ColumnTask t = column_task(task, D, step);
-      input_block(wave, t.c0, t.nc, true, !apart, grads.grad_x, plan.thread[thread]);
-      if (apart) input_block(wave, t.c0, t.nc, false, true, grads.grad_lora_x, plan.thread[thread]);
-    });
+    for (int turn = 0; turn < plan.nodes; ++turn) {
+      const ColumnTasks tasks(plan, D, 1, turn);
+      const bool last = turn + 1 == plan.nodes;  // factors belong to no node: their terms are added once
+      parallel_for(tasks.by_node(), [&](int64_t task, int thread) {
+        const ColumnTask t = tasks[task];
+        input_block(wave, t, true, last && !apart, grads.grad_x, plan.thread[thread]);
+        if (last && apart) input_block(wave, t, false, true, grads.grad_lora_x, plan.thread[thread]);
+      });
+    }
     if (lora) factor_gradients(wave);
   }
 

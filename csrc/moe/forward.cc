@@ -127,14 +127,16 @@ struct Forward {
       const int64_t pieces = wave.end - wave.begin;
       gate_up.prepare(plan, wave);
       save_low_rank(wave);
-      const int f_step = plan.int8() ? kHiddenGroup8 : plan.column_step(F, pieces), d_step = plan.column_step(D, 1);
-      parallel_for(pieces * ceil_div(F, f_step), [&](int64_t task, int thread) {
-        const ColumnTask t = column_task(task, F, f_step);
+      const ColumnTasks hidden_tasks =
+          plan.int8() ? ColumnTasks(plan, F, kHiddenGroup8, kHiddenGroup8, pieces) : ColumnTasks(plan, F, pieces);
+      parallel_for(hidden_tasks.by_node(), [&](int64_t task, int thread) {
+        const ColumnTask t = hidden_tasks[task];
         hidden_block(plan.segments[wave.begin + t.piece], t.c0, t.nc, plan.thread[thread]);
       });
       down_rank_products(wave);
-      parallel_for(ceil_div(D, d_step), [&](int64_t task, int thread) {
-        const ColumnTask t = column_task(task, D, d_step);
+      const ColumnTasks out_tasks(plan, D, 1);
+      parallel_for(out_tasks.by_node(), [&](int64_t task, int thread) {
+        const ColumnTask t = out_tasks[task];
         combine_block(wave, t.c0, t.nc, plan.thread[thread]);
       });
     }

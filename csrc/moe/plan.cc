@@ -44,19 +44,19 @@ int64_t routed_slots(const LayerCall& call) {
 }
 
 Plan::Plan(const ExpertWeights& weights, const LayerCall& call)
-    : weights(weights), call(call), kernels(kt_sft::kernels()), threads(num_threads()), slots(routed_slots(call)) {
+    : weights(weights),
+      call(call),
+      kernels(kt_sft::kernels()),
+      threads(num_threads()),
+      nodes(kt_sft::nodes().count()),
+      slots(routed_slots(call)) {
   const int64_t most_tiles = slots / kTileRows + std::min<int64_t>(slots, weights.num_experts) + slots / kMaxRows;
   wave_tile_limit = std::min<int64_t>(std::max<int64_t>(most_tiles, 1), kWaveTiles);
 }
 
 void Plan::take(Workspace& workspace) {
   const int64_t most_segments = std::min<int64_t>(slots, weights.num_experts) + slots / kMaxRows + 1;
-  counts = workspace.take<int32_t>(weights.num_experts);
-  order = workspace.take<int32_t>(slots);
-  token = workspace.take<int32_t>(slots);
-  segments = workspace.take<Segment>(most_segments);
-  waves = workspace.take<Wave>(most_segments);
-  thread = workspace.take<ThreadBuffers>(threads);
+  thread = workspace.take<ThreadBuffers>(threads);  // first: they lie where they were first touched, call for call
   const bool real = thread != nullptr;
   for (int t = 0; t < threads; ++t) {
     ThreadBuffers b;
@@ -64,6 +64,11 @@ void Plan::take(Workspace& workspace) {
     for (auto& rows : b.rows) rows = workspace.take<float>(int64_t{kMaxRows} * kMaxCols);
     if (real) thread[t] = b;
   }
+  counts = workspace.take<int32_t>(weights.num_experts);
+  order = workspace.take<int32_t>(slots);
+  token = workspace.take<int32_t>(slots);
+  segments = workspace.take<Segment>(most_segments);
+  waves = workspace.take<Wave>(most_segments);
 }
 
 void Plan::cut() {
@@ -92,6 +97,30 @@ int Plan::column_step(int columns, int64_t pieces) const {
   const int64_t wanted = ceil_div(int64_t{4} * threads, std::max<int64_t>(pieces, 1));  // four tasks per thread balance
   const int64_t step = round_up(ceil_div(columns, wanted), kBlock);
   return static_cast<int>(std::min<int64_t>(std::max<int64_t>(step, kBlock), kMaxCols));
+}
+
+ColumnTasks::ColumnTasks(const Plan& plan, int columns, int unit, int step, int64_t pieces, int turn)
+    : columns_(columns),
+      unit_(unit),
+      step_(step),
+      turn_(turn),
+      blocks_(split_over_nodes(ceil_div(columns, unit), plan.nodes)) {
+  tasks_.nodes = plan.nodes;
+  for (int n = 0; n < plan.nodes; ++n) {
+    const int group = (n + turn) % plan.nodes;
+    tasks_.end[n] = tasks_.begin(n) + pieces * ceil_div(first_column(group + 1) - first_column(group), step);
+  }
+}
+
+ColumnTask ColumnTasks::operator[](int64_t task) const {
+  int node = 0;
+  while (task >= tasks_.end[node]) ++node;
+  const int group = (node + turn_) % tasks_.nodes;
+  const int begin = first_column(group), width = first_column(group + 1) - begin;
+  const int64_t per_piece = ceil_div(width, step_);
+  task -= tasks_.begin(node);
+  const int at = static_cast<int>(task % per_piece) * step_;
+  return {static_cast<int>(task / per_piece), begin + at, std::min(step_, width - at), node};
 }
 
 void rank_product(const Plan& plan, const Plan::ThreadBuffers& buffers, int rows, const RankProduct& p) {

@@ -1,5 +1,6 @@
 // How the routed rows of one call are cut into pieces, and the buffers of a piece.
 #pragma once
+#include "common/nodes.h"
 #include "common/workspace.h"
 #include "kernels/kernel_table.h"
 #include "moe/experts.h"
@@ -25,7 +26,7 @@ struct Plan {
   const ExpertWeights& weights;
   const LayerCall& call;
   const KernelTable& kernels;
-  int threads;
+  int threads, nodes;
   int64_t slots;            // routed: T * K less those that the call leaves out
   int64_t wave_tile_limit;  // tiles that the buffers of a wave hold
 
@@ -58,14 +59,41 @@ struct Plan {
   float routing_weight(int sorted_row) const { return call.weights[order[sorted_row]]; }
 };
 
-// One task: `count` tiles of rows, or columns [c0, c0 + nc) of a segment, as the loop that uses it says.
+// One task: columns [c0, c0 + nc) of a segment, or of all segments, for a thread of `node`.
 struct ColumnTask {
-  int piece, c0, nc;
+  int piece, c0, nc, node;
 };
-inline ColumnTask column_task(int64_t task, int columns, int step) {
-  const int per_piece = static_cast<int>(ceil_div(columns, step));
-  const int c0 = static_cast<int>(task % per_piece) * step;
-  return {static_cast<int>(task / per_piece), c0, columns - c0 < step ? columns - c0 : step};
+
+// Columns cut into tasks. The columns are laid out over the nodes like block rows of a packed matrix (as multiples of
+// `unit`); a forward product of these columns reads rows of the node alone. A product that sums over the rows takes as
+// many turns as there are nodes: at each, node n adds what its rows give to the columns of node n + turn, so that no
+// two nodes write to the same place and the order of a sum is fixed for a number of nodes and the rows of a call.
+class ColumnTasks {
+ public:
+  ColumnTasks(const Plan& plan, int columns, int64_t pieces, int turn = 0)
+      : ColumnTasks(plan, columns, kBlock, plan.column_step(columns, pieces), pieces, turn) {}
+  ColumnTasks(const Plan& plan, int columns, int unit, int step, int64_t pieces, int turn = 0);
+  ColumnTask operator[](int64_t task) const;
+  const NodeTasks& by_node() const { return tasks_; }
+
+ private:
+  int first_column(int group) const {
+    const int64_t column = blocks_.begin(group) * unit_;
+    return static_cast<int>(column < columns_ ? column : columns_);
+  }
+  int columns_, unit_, step_, turn_;
+  NodeTasks blocks_, tasks_;
+};
+
+// The part of a packed product's reduction that a node computes: its block rows of W, and where they begin.
+struct NodeRows {
+  int begin;
+  PackedMatrix packed;
+};
+inline NodeRows rows_of_node(const PackedMatrix& packed, int node, int nodes) {
+  const NodeTasks blocks = split_over_nodes(packed.row_blocks(), nodes);
+  const int begin = static_cast<int>(blocks.begin(node)), end = static_cast<int>(blocks.end[node]);
+  return {begin * kBlock, packed.block_rows(begin, end)};
 }
 
 // Dense view of one expert's factor. a: (R, in), b: (out, R), row-major.

@@ -6,6 +6,7 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
+from kt_sft import topology
 from kt_sft.config import KtConfig
 from kt_sft.machine import facts
 
@@ -24,7 +25,7 @@ def machine_findings(root: Path = facts.ROOT) -> list[Finding]:
         openmp(os.environ),
         ram(facts.memory(root)),
         swap(facts.memory(root)),
-        numa(facts.numa_nodes(root), facts.automatic_numa_balancing(root)),
+        numa(facts.numa_nodes(root), facts.automatic_numa_balancing(root), _split()),
         huge_pages(facts.transparent_huge_pages(root)),
         bandwidth(),
         cache_folder(KtConfig().cache_folder),
@@ -48,6 +49,14 @@ def _threads() -> int | None:
     return native.num_threads()
 
 
+def _split() -> str:
+    try:
+        from kt_sft import native
+    except (ImportError, ValueError):
+        return "1"
+    return topology.describe(native.nodes())
+
+
 def kernels() -> list[Finding]:
     """Whether the extension loads, and the instruction set that it chose."""
     try:
@@ -55,7 +64,8 @@ def kernels() -> list[Finding]:
     except ImportError as error:
         return [problem("kernels", str(error), "reinstall the package: pip install .")]
     except ValueError as error:
-        return [problem("kernels", str(error), "unset KT_SFT_ISA and KT_KERNEL_CPU_VARIANT, or name another one")]
+        remedy = "unset KT_SFT_ISA, KT_KERNEL_CPU_VARIANT and KT_SFT_NUMA, or correct them"
+        return [problem("kernels", str(error), remedy)]
     isa, hardware = native.isa(), [name for name in native.isas() if name != "amx_model"]
     text = f"{isa} chosen; this CPU ({facts.cpu_model()}) runs {', '.join(hardware)}"
     forced = next((n for n in ("KT_SFT_ISA", "KT_KERNEL_CPU_VARIANT") if os.environ.get(n)), None)
@@ -142,10 +152,12 @@ def swap(memory: facts.Memory) -> Finding:
     return ok("swap", text)
 
 
-def numa(nodes: list[facts.NumaNode], balancing: bool) -> Finding:
+def numa(nodes: list[facts.NumaNode], balancing: bool, split: str = "1") -> Finding:
+    """``split``: over how many nodes the experts are, as topology.describe says it."""
+    used = "" if split == "1" else f"; experts are split over {split}"
     if len(nodes) < 2:
-        return ok("NUMA", "one node")
-    text = ", ".join(f"node {n.number}: {gb(n.total)}, {gb(n.free)} free" for n in nodes)
+        return ok("NUMA", f"one node{used}")
+    text = ", ".join(f"node {n.number}: {gb(n.total)}, {gb(n.free)} free" for n in nodes) + used
     totals = [n.total for n in nodes]
     if max(totals) > 1.1 * min(totals):
         return warning(

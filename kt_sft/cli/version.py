@@ -8,6 +8,8 @@ from importlib.metadata import version as installed_version
 
 import typer
 
+from kt_sft.topology import describe
+
 from .errors import CommandError
 
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "trl", "llamafactory", "deepspeed", "safetensors", "numpy")
@@ -46,7 +48,7 @@ def _kernel_rows() -> list[tuple[str, str]]:
         ("ISA", f"{info['isa']} (this CPU can run: {', '.join(info['isas'])}; KT_SFT_ISA forces one)"),
         ("weight formats", ", ".join(info["formats"])),
         ("threads", str(info["threads"])),
-        ("NUMA nodes", str(info["numa_nodes"])),
+        ("NUMA nodes", describe(info["numa_nodes"])),
     ]
 
 

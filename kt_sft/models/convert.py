@@ -234,7 +234,10 @@ def fill_experts(model: Any, model_dir: StrPath, config: KtConfig, *, revision: 
 
 
 def set_threads(config: KtConfig) -> None:
-    """Let the kernels use ``num_threads``, or this process's part of the cores where a launcher started several."""
+    """Let the kernels use ``num_threads``, or this process's part of the cores where a launcher started several, and
+    split the experts over at most ``numa_nodes``."""
+    if config.numa_nodes is not None:
+        native.use_nodes(config.numa_nodes)
     if config.num_threads is not None:
         native.set_num_threads(config.num_threads)
     elif int(os.environ.get("LOCAL_WORLD_SIZE", "1")) > 1:

@@ -27,17 +27,24 @@ from torch import Tensor
 from kt_sft import native
 
 _LARGE = 4 << 20  # bytes: a buffer with whole huge pages in it
+_LARGE_PART = 8 << 20  # bytes of a matrix on a node: at most an eighth then shares a huge page with the neighbour
 _RECYCLED = 1 << 20  # bytes: below, the C library's own free lists do
 _HUGE_PAGE = 2 << 20
 _MADV_FREE = 8  # Linux; the mmap module has the name only if Python was built with headers that had it
 
 
-def empty(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+def empty(shape: Sequence[int], dtype: torch.dtype, huge_pages: bool = True) -> Tensor:
     """``torch.empty`` on the CPU."""
     tensor = torch.empty(shape, dtype=dtype)
     if tensor.nbytes >= _LARGE:
-        native.wish_huge_pages(tensor)
+        native.wish_huge_pages(tensor, huge_pages)
     return tensor
+
+
+def empty_matrices(nbytes: int, count: int) -> Tensor:
+    """uint8 for ``count`` packed matrices; on small pages where a NUMA node's part of one is small."""
+    nodes = len(native.nodes())
+    return empty((nbytes,), torch.uint8, huge_pages=nodes == 1 or nbytes // count // nodes >= _LARGE_PART)
 
 
 def recycled(shape: Sequence[int], dtype: torch.dtype) -> Tensor:

@@ -99,7 +99,7 @@ class PackedExperts:
         """Unfilled storage in anonymous memory; fill it with :meth:`pack_expert_` or :meth:`pack_codes_`."""
         layout = _layout(weight_format, group_size)
         nbytes = cls.nbytes_for(num_experts, hidden_size, intermediate_size, layout)
-        return cls(memory.empty((nbytes,), torch.uint8), num_experts, hidden_size, intermediate_size, layout)
+        return cls(memory.empty_matrices(nbytes, 3 * num_experts), num_experts, hidden_size, intermediate_size, layout)
 
     @property
     def nbytes(self) -> int:
@@ -119,6 +119,20 @@ class PackedExperts:
 
     def __reduce__(self) -> tuple:
         return PackedExperts, (self._storage, *self._sizes(), self.activation, self.biases)
+
+    def in_memory(self, storage: Tensor) -> PackedExperts:
+        """Experts of the same sizes and format in other memory, as it is."""
+        return PackedExperts(storage, *self._sizes(), self.activation, self.biases)
+
+    def copy(self) -> PackedExperts:
+        """The same experts in anonymous memory of the NUMA nodes that compute with them."""
+        copied = self.in_memory(memory.empty_matrices(self.nbytes, 3 * self.num_experts))
+        copied.copy_(self)
+        return copied
+
+    def copy_(self, other: PackedExperts) -> None:
+        """Copy the codes and scales of ``other``, each block row by a thread of the NUMA node that computes with it."""
+        native.copy(*self.native_args(), *other.native_args())
 
     def _shape(self, projection: int) -> tuple[int, int]:
         D, F = self.hidden_size, self.intermediate_size

@@ -133,6 +133,8 @@ def workspace_bytes(parts: ModelParts, job: Job) -> int:
         D, F = g.hidden, g.intermediate
         rows = min(WAVE_ROWS, job.tokens * parts.top_k + 15 * min(g.experts, job.tokens * parts.top_k))
         width = element * (D + 2 * F) + F // 8  # dO, dG, dU as tiles; partial sums of the routing gradient
+        if len(native.nodes()) > 1:
+            width += 4 * F  # sums of Z
         if recompute:
             width += element * D + 2 * 2 * F
         if R:

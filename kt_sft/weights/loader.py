@@ -42,6 +42,7 @@ from .cache import CacheMiss, CacheSpec, PackedWriter, build_lock, open_packed
 from .checkpoint import Checkpoint, ExpertTensors
 from .formats import ExpertReader, open_checkpoint
 from .packed_form import choose_layout, format_of, wanted
+from .placement import on_nodes
 from .quantized import QuantizedWeight
 
 logger = logging.getLogger(__name__)
@@ -132,10 +133,11 @@ def _packed(job: _Job, peers: Peers | None) -> dict[str, PackedExperts]:
     if path is None:
         return _pack_in_memory(job, peers)
     if peers is None:
-        return _open_or_build(path, job)
-    return _first_then_others(
+        return on_nodes(_open_or_build(path, job), None)
+    mapped = _first_then_others(
         peers, lambda: _open_or_build(path, job), lambda: open_packed(path, job.spec, check=False)
     )
+    return on_nodes(mapped, peers)
 
 
 def _open_or_build(path: Path, job: _Job) -> dict[str, PackedExperts]:

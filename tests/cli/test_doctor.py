@@ -153,6 +153,8 @@ def nodes(*sizes: tuple[int, int]) -> list[facts.NumaNode]:
         (lambda: doctor_machine.swap(memory(swap_total=8 * GB, swap_used=4 * GB)), "warning", "4.00 GB of"),
         (lambda: doctor_machine.numa(nodes((64, 32)), True), "ok", "one node"),
         (lambda: doctor_machine.numa(nodes((64, 32), (64, 30)), False), "ok", "node 1"),
+        (lambda: doctor_machine.numa(nodes((64, 32), (64, 30)), False, "2 (CPUs 0; 1)"), "ok", "over 2 (CPUs 0; 1)"),
+        (lambda: doctor_machine.numa(nodes((64, 32)), False, "2 (made up)"), "ok", "one node; experts are split"),
         (lambda: doctor_machine.numa(nodes((64, 32), (32, 30)), False), "warning", "node 1: 32.0 GB"),
         (lambda: doctor_machine.numa(nodes((64, 60), (64, 3)), False), "warning", "3.00 GB free"),
         (lambda: doctor_machine.numa(nodes((64, 32), (64, 30)), True), "warning", "automatic balancing"),

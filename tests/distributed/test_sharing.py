@@ -15,7 +15,7 @@ CASES = "equality+alone+dropout+bad_ids+loading"
 
 @pytest.fixture(scope="module")
 def one_host(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    return run_ranks(CASES + "+memory+packing_fails", tmp_path_factory.mktemp("one_host"))
+    return run_ranks(CASES + "+memory+packing_fails+loading_on_nodes", tmp_path_factory.mktemp("one_host"))
 
 
 @pytest.fixture(scope="module")
@@ -71,6 +71,13 @@ def test_loading(ranks):
 def test_loaded_experts_are_one_copy_per_host(one_host, store):
     assert [rank["loading"]["held"] for rank in one_host] == [3, 3]
     assert_one_copy([rank["loading"]["kib"][store] for rank in one_host])
+
+
+@pytest.mark.parametrize("store", ["file", "none"])
+def test_experts_split_over_nodes_are_one_copy_too(one_host, store):
+    cases = [rank["loading_on_nodes"] for rank in one_host]
+    assert all(case["right"] for case in cases)
+    assert_one_copy([case["kib"][store] for case in cases])
 
 
 def test_two_hosts_hold_a_share_each(two_hosts):

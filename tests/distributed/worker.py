@@ -212,6 +212,15 @@ def loading(rank: int, sharing: Sharing) -> dict[str, Any]:
     return outcome
 
 
+def loading_on_nodes(rank: int, sharing: Sharing) -> dict[str, Any]:
+    """The same where the first rank splits the experts over nodes, and decides for the other."""
+    native.set_nodes([[], []] if rank == 0 else [[]])
+    try:
+        return loading(rank, sharing)
+    finally:
+        native.set_nodes([[]])
+
+
 def proportional_kib(tensor: Tensor) -> tuple[int, int]:
     """Proportional and resident set size of the mapping that ``tensor`` lies in, from /proc/self/smaps."""
     address, inside, found = tensor.data_ptr(), False, {}

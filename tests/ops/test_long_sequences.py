@@ -61,11 +61,12 @@ class Layer:
 
 
 def compare_with_chunks(sizes: dict[str, int], policy: str) -> None:
+    same = 1e-6 if len(native.nodes()) == 1 else 1e-4  # nodes add wave by wave, and a chunk is one wave
     layer = Layer(TOKENS, **sizes, policy=policy)
     whole, whole_grads = layer.step(slice(None)), layer.gradients()
     parts = [layer.step(slice(start, start + CHUNK)) for start in range(0, TOKENS, CHUNK)]
     for name, got, chunks in zip(("out", "grad_x", "grad_weights"), whole, zip(*parts, strict=True), strict=True):
-        assert rms_ratio(got, torch.cat(chunks)) < 1e-6, name
+        assert rms_ratio(got, torch.cat(chunks)) < same, name
     for name, grad in layer.gradients().items():
         assert rms_ratio(whole_grads[name], grad) < 1e-4, name
 

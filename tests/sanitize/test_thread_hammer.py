@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-SOURCES = ("tests/sanitize/thread_hammer.cc", "csrc/common/thread_pool.cc", "csrc/common/workspace.cc")
+SOURCES = ("tests/sanitize/thread_hammer.cc", *(f"csrc/common/{n}.cc" for n in ("nodes", "thread_pool", "workspace")))
 
 
 @pytest.fixture(scope="module")
@@ -45,8 +45,8 @@ def _hammer(program: Path, *mode: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([str(program), *mode], env=options, capture_output=True, text=True, timeout=120)
 
 
-@pytest.mark.parametrize(("sanitizers", "mode"), [("thread", ()), ("undefined", ("fork",))])
-def test_many_callers_changing_thread_counts_and_forks(build, sanitizers: str, mode: tuple[str, ...]):
+@pytest.mark.parametrize(("sanitizers", "mode"), [("thread", ()), ("undefined", ("fork",)), ("thread", ("nodes",))])
+def test_many_callers_changing_thread_counts_nodes_and_forks(build, sanitizers: str, mode: tuple[str, ...]):
     done = _hammer(build(sanitizers), *mode)
     assert done.returncode == 0 and not done.stderr, done.stderr[-4000:]
 

@@ -1,7 +1,8 @@
 // Hammers the thread pool and the workspace from several threads, for ThreadSanitizer and AddressSanitizer.
-//   thread_hammer          three callers, a thread that changes the number of threads
+//   thread_hammer          three callers, a thread that changes the number of threads and of nodes
 //   thread_hammer fork     the same while children are forked (ThreadSanitizer cannot follow those)
 //   thread_hammer race     races on purpose
+//   thread_hammer nodes    idle threads take the tasks of their own node
 // Says what failed and exits with 1, or exits with 0.
 #include <sys/wait.h>
 #include <unistd.h>
@@ -12,6 +13,7 @@
 #include <thread>
 #include <vector>
 
+#include "common/nodes.h"
 #include "common/thread_pool.h"
 #include "common/workspace.h"
 
@@ -32,7 +34,7 @@ void expect(bool ok, const char* what) {
 void count_tasks(int round) {
   const int tasks = 1 + round * 7 % 61;
   std::vector<int> runs(tasks, 0);  // plain ints: the pool alone orders the accesses
-  parallel_for(tasks, [&](int64_t task, int thread) {
+  parallel_for(kt_sft::split_over_nodes(tasks, 1 + round % 5), [&](int64_t task, int thread) {
     runs[task] += 1 + round;
     expect(thread >= 0 && thread < kMaxThreads, "thread number out of range");
   });
@@ -75,6 +77,26 @@ void fork_child() {
   expect(WIFEXITED(status) && WEXITSTATUS(status) == 0, "the forked child failed");
 }
 
+// Every thread is held in its first task until all threads have one, so each can run one only: it must be of its node.
+void take_own_tasks(int nodes, int threads) {
+  kt_sft::set_nodes(std::vector<std::vector<int>>(nodes));
+  kt_sft::set_num_threads(threads);
+  std::vector<int> node_of_task(threads), runner(threads, -1);
+  for (int t = 0; t < threads; ++t) node_of_task[t] = kt_sft::nodes().of_thread(t, threads);
+  kt_sft::NodeTasks tasks;
+  tasks.nodes = nodes;
+  for (int t = 0; t < threads; ++t)
+    for (int n = node_of_task[t]; n < nodes; ++n) ++tasks.end[n];
+  std::atomic<int> started{0};
+  parallel_for(tasks, [&](int64_t task, int thread) {
+    runner[task] = thread;
+    ++started;
+    while (started < threads) std::this_thread::yield();
+  });
+  for (int t = 0; t < threads; ++t)
+    expect(node_of_task[runner[t]] == node_of_task[t], "an idle thread took a task of another node");
+}
+
 void race() {
   int shared = 0;
   std::atomic<int> arrived{0};
@@ -95,12 +117,19 @@ int main(int argc, char** argv) {
     race();
     return 0;
   }
+  if (std::strcmp(mode, "nodes") == 0) {
+    for (int round = 0; round < 50; ++round)
+      for (const int nodes : {1, 2, 3, 4})
+        for (const int threads : {1, 4, 6}) take_own_tasks(nodes, threads);
+    return failed ? 1 : 0;
+  }
   std::atomic<bool> stop{false};
   std::vector<std::thread> callers;
   for (int i = 0; i < 3; ++i) callers.emplace_back(call, 150);
   std::thread changer([&] {
     for (int i = 0; !stop; ++i) {
       kt_sft::set_num_threads(1 + i % kMaxThreads);
+      if (i % 8 == 0) kt_sft::set_nodes(std::vector<std::vector<int>>(1 + i / 8 % 3));
       expect(kt_sft::num_threads() >= 1 && kt_sft::Workspace::capacity() % 64 == 0, "a setting is out of range");
       std::this_thread::yield();
     }

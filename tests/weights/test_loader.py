@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from kt_sft import native
 from kt_sft.config import KtConfig
 from kt_sft.ops.packed import pack_experts
 from kt_sft.weights import loader
@@ -53,6 +54,33 @@ def test_same_bits_as_packing_directly(tmp_path, weight_format, group_size, layo
             for got, expected in zip(packed[name].dequantize(), direct.dequantize(), strict=True):
                 assert torch.equal(got, expected)
     assert (tmp_path / "cache").exists() == cached
+
+
+def test_mapped_experts_are_copied_to_several_nodes_only(tmp_path):
+    folder, cache = write(tmp_path / "model", separate_tensors(weights())), str(tmp_path / "cache")
+    files, before = [], native.nodes()
+    try:
+        for nodes in (1, 2):
+            native.set_nodes([[]] * nodes)
+            packed = load(folder, cache_dir=cache)
+            files.append({file_of(p.storage) for p in packed.values()})
+            for name, matrices in weights().items():
+                assert torch.equal(packed[name].storage, pack_experts(*matrices).storage)
+    finally:
+        native.set_nodes(before)
+    mapped, copied = files
+    assert len(mapped) == 1 and mapped.pop().endswith(loader.SUFFIX)
+    assert not any(file.endswith(loader.SUFFIX) for file in copied)
+
+
+def file_of(tensor: torch.Tensor) -> str:
+    """What is mapped where ``tensor`` lies; empty for anonymous memory."""
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        span, *_, name = line.split(maxsplit=5) if len(line.split(maxsplit=5)) == 6 else (*line.split(), "")
+        begin, end = (int(part, 16) for part in span.split("-"))
+        if begin <= tensor.data_ptr() < end:
+            return name
+    raise AssertionError("the tensor lies nowhere")
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
