@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 
 COMMON: dict[str, Any] = dict(
     vocab_size=96,
@@ -176,6 +177,11 @@ def save_checkpoint(model: Any, folder: Path) -> Path:
     if config["model_type"].startswith(("qwen", "olmoe")):  # transformers 5 writes num_local_experts
         config["num_experts"] = config.pop("num_local_experts", config.get("num_experts"))
     (folder / "config.json").write_text(json.dumps(config))
+    if config["model_type"] == "qwen3_vl_moe":  # published with inputs first, unlike what transformers 5 saves
+        for shard in folder.glob("*.safetensors"):
+            tensors = load_file(shard)
+            stacks = {k: v.transpose(1, 2).contiguous() for k, v in tensors.items() if ".experts." in k}
+            save_file({**tensors, **stacks}, shard, {"format": "pt"})
     return folder
 
 

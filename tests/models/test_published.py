@@ -76,7 +76,7 @@ class Layout:
 
 
 SIZES = {"hidden_size": 160, "moe_intermediate_size": 136}  # no multiples of a block
-STACKS = {"hidden_size": 256, "moe_intermediate_size": 128}  # gate and up share a stack: whole blocks, as published
+STACKS = {"hidden_size": 384, "moe_intermediate_size": 128}  # gate and up share a stack: whole blocks, as published
 LAYOUTS = {
     "deepseek_v3": Layout("deepseek_v3", more_layers=1, sizes=SIZES),
     "kimi_k2": Layout("deepseek_v3", config=KIMI, sizes=SIZES),
@@ -85,7 +85,7 @@ LAYOUTS = {
     "glm4_moe": Layout("glm4_moe", CHANNEL, fp8_channel, more_layers=1, sizes=SIZES),
     "qwen3_next": Layout("qwen3_next", sizes=SIZES),
     "qwen3_vl_moe": Layout("qwen3_vl_moe", sizes=STACKS),
-    "qwen3_5_moe": Layout("qwen3_5_moe", sizes=STACKS),
+    "qwen3_5_moe": Layout("qwen3_5_moe", sizes={**STACKS, "hidden_size": 256}),
 }
 THINKING = Layout(
     "deepseek_v3",
