@@ -82,7 +82,8 @@ class KtConfig:
     Attributes:
         enabled: False in a ``kt_config`` block means that the caller must leave the model alone.
         weight_format: auto keeps what the checkpoint quantised as it is and packs the rest as int8; bf16, int8 and int4
-            are made from any checkpoint; fp8, mxfp4 and gguf need one whose experts are stored so.
+            are made from any checkpoint; fp8 and mxfp4 need one whose experts are stored so or not quantised; gguf
+            needs a GGUF file.
         group_size: input features per scale: 32, 64, 128, or 0 for one scale per output channel; None: the format's.
         activation_policy: retain keeps the layer's activations for backward, recompute only its inputs.
         compute_type: of the forward products: bf16, or int8 (needs int8 weights and a CPU with int8 dot products; the

@@ -6,7 +6,7 @@ import sys
 
 import typer
 
-from . import doctor, llamafactory, plan, planned, verify, version
+from . import convert, doctor, llamafactory, plan, planned, verify, version
 from .errors import CommandError
 
 app = typer.Typer(
@@ -21,6 +21,7 @@ plan.register(app)
 doctor.register(app)
 llamafactory.register(app)
 verify.register(app)
+convert.register(app)
 planned.register(app)
 
 

@@ -9,8 +9,7 @@ from .errors import CommandError
 INSTEAD = {
     "eval": "kt-sft train with do_train: false and do_eval: true (compute_accuracy) or do_predict: true "
     "(predict_with_generate); LLaMA-Factory 0.9.5 has no eval verb any more.",
-    "convert": "experts are packed on the first start and cached; set kt_expert_weight_format and just train or chat.",
-    "quant": "experts are packed on the first start and cached; set kt_expert_weight_format: int8 or int4.",
+    "quant": "kt-sft convert MODEL --to int8|int4 --output DIR; or just train: the first start packs and caches.",
     "run": "write a YAML with model_name_or_path, template and use_kt: true, then: kt-sft chat FILE.yaml",
     "bench": "from a source checkout run: python -m benchmarks.bench_experts",
     "config": "settings are keys of the training YAML (use_kt, kt_config); see docs/configuration.md.",

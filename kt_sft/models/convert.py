@@ -14,7 +14,7 @@ from __future__ import annotations
 import logging
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import fields, replace
 from functools import cache
@@ -78,8 +78,12 @@ def as_config(config: KtConfig | dict[str, Any] | None, **overrides: Any) -> KtC
 
 
 @contextmanager
-def experts_on_cpu(model_dir: StrPath, config: KtConfig, *, revision: str | None = None) -> Iterator[None]:
+def experts_on_cpu(
+    model_dir: StrPath, config: KtConfig, *, revision: str | None = None, fill: Callable[..., None] | None = None
+) -> Iterator[None]:
     """Inside, ``AutoModel*.from_pretrained`` builds and fills packed experts from the checkpoint ``model_dir``.
+
+    ``fill`` takes the place of ``fill_experts``.
 
     A model without supported experts raises ValueError. The context patches ``PreTrainedModel`` and is meant for one
     loading call at a time.
@@ -93,7 +97,7 @@ def experts_on_cpu(model_dir: StrPath, config: KtConfig, *, revision: str | None
     def post_init_with_swap(self: Any) -> None:
         # A rule names paths in the whole model; the decoder inside it comes by here before.
         if not (config.family_rules and loading and type(self) is not loading[-1]):
-            swap_experts(self, config, _ruled_tensors(model_dir, config, revision))
+            swap_experts(self, config, ruled_tensors(model_dir, config, revision))
             _ignore_expert_keys(self, config)
         post_init(self)
 
@@ -101,14 +105,14 @@ def experts_on_cpu(model_dir: StrPath, config: KtConfig, *, revision: str | None
         name = kwargs.pop("pretrained_model_name_or_path", name)
         loading.append(cls)
         try:
-            with readable_weights(name, lambda name: _local(name, revision), config) as folder:
+            with readable_weights(name, lambda name: local_path(name, revision), config) as folder:
                 result = load.__func__(cls, folder, *args, **kwargs)
         finally:
             loading.pop()
         model = result[0] if isinstance(result, tuple) else result
         if folder != name:
             model.name_or_path = model.config._name_or_path = str(name)
-        fill_experts(model, model_dir, config, revision=revision)
+        (fill or fill_experts)(model, model_dir, config, revision=revision)
         return result
 
     base.post_init, base.from_pretrained = post_init_with_swap, classmethod(from_pretrained_and_fill)
@@ -209,17 +213,14 @@ def fill_experts(model: Any, model_dir: StrPath, config: KtConfig, *, revision: 
     layers = {path: m for path, m in model.named_modules() if isinstance(m, KtExperts)}
     if not layers:
         raise _no_experts(model)
-    directory = _local(config.expert_checkpoint_path or model_dir, revision)
+    directory = local_path(config.expert_checkpoint_path or model_dir, revision)
     checkpoint = open_checkpoint(directory)
     empty = {path: m for path, m in layers.items() if not m.is_loaded}
-    by_size: dict[tuple[int, int, int], dict[str, KtExperts]] = {}
-    for path, m in empty.items():
-        by_size.setdefault((m.num_experts, m.hidden_size, m.intermediate_size), {})[path] = m
     sharing = distributed.start(config.expert_parallel)
-    for (num_experts, hidden, intermediate), group in by_size.items():
+    for (num_experts, hidden, intermediate), group in by_size(empty).items():
         packed = load_experts(
             directory,
-            {path: _tensors(path, m, model, checkpoint, config) for path, m in group.items()},
+            {path: expert_tensors(path, m, model, checkpoint, config) for path, m in group.items()},
             num_experts=num_experts,
             hidden_size=hidden,
             intermediate_size=intermediate,
@@ -231,6 +232,14 @@ def fill_experts(model: Any, model_dir: StrPath, config: KtConfig, *, revision: 
             ready = packed[path].with_(activation=m.activation)
             m.set_packed(ready, sharing.layer(ready, num_experts) if sharing else None)
     _finish(model)
+
+
+def by_size(layers: dict[str, KtExperts]) -> dict[tuple[int, int, int], dict[str, KtExperts]]:
+    """The layers of each (experts, hidden, intermediate): what one packed file holds."""
+    groups: dict[tuple[int, int, int], dict[str, KtExperts]] = {}
+    for path, m in layers.items():
+        groups.setdefault((m.num_experts, m.hidden_size, m.intermediate_size), {})[path] = m
+    return groups
 
 
 def set_threads(config: KtConfig) -> None:
@@ -278,7 +287,9 @@ def _refuse_save(self: Any, *args: Any, **kwargs: Any) -> NoReturn:
     )
 
 
-def _tensors(path: str, experts: KtExperts, model: Any, checkpoint: Checkpoint, config: KtConfig) -> ExpertTensors:
+def expert_tensors(
+    path: str, experts: KtExperts, model: Any, checkpoint: Checkpoint, config: KtConfig
+) -> ExpertTensors:
     rule = ruled.rule_for(path, config.family_rules)
     tensors = ruled.tensors_of(path, rule) if rule else locate(path, experts, model.base_model_prefix, checkpoint)
     if tensors.has_biases != experts.has_bias:
@@ -290,10 +301,10 @@ def _tensors(path: str, experts: KtExperts, model: Any, checkpoint: Checkpoint, 
     return tensors
 
 
-def _ruled_tensors(model_dir: StrPath, config: KtConfig, revision: str | None) -> ruled.Source | None:
+def ruled_tensors(model_dir: StrPath, config: KtConfig, revision: str | None) -> ruled.Source | None:
     if not config.family_rules:
         return None
-    return ruled.OfCheckpoint(open_checkpoint(_local(config.expert_checkpoint_path or model_dir, revision)))
+    return ruled.OfCheckpoint(open_checkpoint(local_path(config.expert_checkpoint_path or model_dir, revision)))
 
 
 def _ignore_expert_keys(model: Any, config: KtConfig) -> None:
@@ -338,7 +349,7 @@ def _no_experts(model: Any) -> ValueError:
     )
 
 
-def _local(model_dir: StrPath, revision: str | None) -> str:
+def local_path(model_dir: StrPath, revision: str | None) -> str:
     """The local folder (or GGUF file) of a checkpoint; a hub id is resolved through the hub's cache."""
     if os.path.exists(model_dir):
         return os.fspath(model_dir)

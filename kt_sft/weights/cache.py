@@ -4,8 +4,12 @@
     per layer, page-aligned: ``PackedExperts.storage``
     index: JSON {"spec": what is packed from which source, "layers": {name: {"offset", "crc32": one per expert}}}
 
-* It is written under a temporary name, synced and renamed: other processes see the old file or the whole new one. The
-  space is reserved before the first byte, so that a full disk is found at once.
+* It is written under a temporary name and renamed: other processes see the old file or the whole new one. The space is
+  reserved before the first byte, so that a full disk is found at once. A file that is made to be kept (``weight_path``)
+  is synced first. The automatic cache is not: training need not wait for the disk, and what a power failure tears is
+  found by the checksums and packed again.
+* A process that is interrupted or killed leaves the temporary file and a journal (journal.py). The next one checks what
+  is there and packs the rest; the result is the same, bit for bit.
 * Every expert's CRC-32 is checked on every load, by reading the file once with several threads. CRC-32 runs at 6 GB/s a
   thread (BLAKE2b: 1.3), faster than disks deliver, and the read brings the pages into the page cache, where the first
   training step needs them: a load without the check would pay nearly the same a little later.
@@ -38,6 +42,7 @@ from torch import Tensor
 
 from ..ops.layout import Layout, MatrixFormat
 from ..ops.packed import PackedExperts
+from .journal import Journal, Written
 
 logger = logging.getLogger(__name__)
 
@@ -46,7 +51,8 @@ VERSION = 2
 _HEAD = struct.Struct("<8sIIQQ")  # magic, version, CRC-32 of the index, its offset, its length
 _PAGE = 4096
 _CHUNK = 4 << 20  # bytes per read while checking: stays in L2/L3 between the read and the CRC
-_SYNC_EVERY = 1 << 30  # bytes between syncs, so that the last one is short
+_SYNC_EVERY = 256 << 20  # bytes between syncs: the disk writes all the time, and the last sync is short
+NEAREST = "nearest"  # the rounding of the kernels' own quantiser
 
 
 class CacheMiss(Exception):
@@ -66,6 +72,7 @@ class CacheSpec:
     content: str  # the expert tensors: names, shapes, dtypes, samples
     source: str  # content, and the files' sizes and times; empty where copies of a file must stay usable
     layouts: tuple[Layout, ...] | None = None  # of every layer; None: whatever the file has
+    rounding: str | None = NEAREST  # how the codes were chosen; None: however it was
 
     def sizes(self, layer: int) -> tuple[int, int, int, Layout]:
         """The arguments of ``PackedExperts`` for one layer."""
@@ -176,9 +183,13 @@ def _check(fd: int, layers: dict[str, Any], spec: CacheSpec) -> None:
         if _crc_of_file(fd, start, nbytes) != expected:
             raise CacheMiss(f"it is torn (checksum of {name}, expert {expert})")
 
-    with ThreadPoolExecutor(max_workers=min(8, len(os.sched_getaffinity(0)))) as pool:
+    with ThreadPoolExecutor(max_workers=_checkers()) as pool:
         for _ in pool.map(check, jobs):
             pass
+
+
+def _checkers() -> int:
+    return min(8, len(os.sched_getaffinity(0)))
 
 
 def _crc_of_file(fd: int, start: int, nbytes: int) -> int:
@@ -193,16 +204,39 @@ def _crc_of_file(fd: int, start: int, nbytes: int) -> int:
     return crc
 
 
+def _sync_folder(folder: Path) -> None:
+    fd = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def _reserve(fd: int, nbytes: int) -> None:
+    """Make the file ``nbytes`` long, with its blocks allocated where the file system can do that."""
+    try:
+        os.posix_fallocate(fd, 0, nbytes)
+    except OSError as error:
+        if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):
+            raise
+        os.ftruncate(fd, nbytes)
+
+
 class PackedWriter:
-    """Writes one file: ``put`` every expert of every layer, then ``commit``. An unfinished one is removed on leaving.
+    """Writes one file: ``put`` every expert that ``holds`` denies, then ``commit``.
+
+    Left by an exception, an unfinished file is removed. Left by an interruption (KeyboardInterrupt), or by the end of
+    the process, it stays, and the next writer of the same spec continues it.
 
     Raises:
         OSError: the disk is full or refuses; the file that was there before is untouched.
     """
 
-    def __init__(self, path: Path, spec: CacheSpec) -> None:
-        self._path, self._spec = path, spec
+    def __init__(self, path: Path, spec: CacheSpec, *, durable: bool = True) -> None:
+        """``durable``: wait until the disk has it, before it gets its name."""
+        self._path, self._spec, self._durable = path, spec, durable
         self._temporary = path.with_name(path.name + ".tmp")
+        self._journal = Journal(path.with_name(path.name + ".journal"), asdict(spec))
         self._end = spec.offsets[-1]
         self._crc: dict[str, list[int | None]] = {name: [None] * spec.num_experts for name in spec.layers}
         self._index_of = {name: i for i, name in _layers(spec)}
@@ -211,35 +245,68 @@ class PackedWriter:
 
     def __enter__(self) -> PackedWriter:
         with self._explained():
-            self._fd = os.open(self._temporary, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
+            self._fd = os.open(self._temporary, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
             try:
-                os.posix_fallocate(self._fd, 0, self._end)
-            except OSError as error:
-                if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):
-                    self._discard()
-                    raise
+                written = self._journal.open()
+                os.ftruncate(self._fd, min(os.fstat(self._fd).st_size, self._end) if written else 0)
+                _reserve(self._fd, self._end)
+            except OSError:
+                self._discard()
+                raise
+        self._resume(written)
         return self
 
-    def __exit__(self, *exc: object) -> None:
-        self._discard()
+    def __exit__(self, exc_type: type[BaseException] | None, *exc: object) -> None:
+        if exc_type is None or issubclass(exc_type, Exception):
+            self._discard()
+        else:
+            self._close()
+
+    def holds(self, layer: str, expert: int) -> bool:
+        """Whether the expert was put, now or before an interruption."""
+        return self._crc[layer][expert] is not None
+
+    def _resume(self, written: Written) -> None:
+        """Take over what the journal names, as far as the bytes are there."""
+
+        def whole(item: tuple[tuple[int, int], int]) -> bool:
+            (layer, expert), crc = item
+            return _crc_of_file(self._fd, self._place(layer, expert), self._spec.slot(layer)) == crc
+
+        with ThreadPoolExecutor(max_workers=_checkers()) as pool:
+            for ((layer, expert), crc), is_whole in zip(written.items(), pool.map(whole, written.items()), strict=True):
+                if is_whole:
+                    self._crc[self._spec.layers[layer]][expert] = crc
+
+    def _place(self, layer: int, expert: int) -> int:
+        return self._spec.offsets[layer] + expert * self._spec.slot(layer)
 
     def put(self, layer: str, expert: int, storage: Tensor) -> None:
         """Write one expert's slice of the layer's storage."""
         data = storage.numpy().data
-        index = self._index_of[layer]
+        index, crc = self._index_of[layer], zlib.crc32(data)
         slot = self._spec.slot(index)
         if data.nbytes != slot:
             raise ValueError(f"{layer}, expert {expert}: expected {slot} packed bytes, got {data.nbytes}")
-        self._crc[layer][expert] = zlib.crc32(data)
         with self._explained():
-            self._write(data, self._spec.offsets[index] + expert * slot)
+            self._write(data, self._place(index, expert))
+            self._journal.add(index, expert, crc)
             self._unsynced += slot
-            if self._unsynced >= _SYNC_EVERY:
+            if self._durable and self._unsynced >= _SYNC_EVERY:
                 os.fdatasync(self._fd)
+                self._journal.sync()
                 self._unsynced = 0
+        self._crc[layer][expert] = crc
+
+    def get(self, layer: str, expert: int) -> Tensor:
+        """The bytes of one expert that was put."""
+        index = self._index_of[layer]
+        storage = torch.empty(self._spec.slot(index), dtype=torch.uint8)
+        os.preadv(self._fd, [storage.numpy().data], self._place(index, expert))
+        return storage
 
     def commit(self) -> None:
-        """Write the index, sync and give the file its name."""
+        """Write the index and give the file its name."""
         for layer, crcs in self._crc.items():
             if None in crcs:
                 raise ValueError(f"{layer}: expert {crcs.index(None)} was never written")
@@ -250,24 +317,28 @@ class PackedWriter:
         with self._explained():
             self._write(memoryview(text), self._end)
             self._write(memoryview(head + struct.pack("<I", zlib.crc32(head))), 0)
-            os.fsync(self._fd)
+            if self._durable:
+                os.fsync(self._fd)
             os.replace(self._temporary, self._path)
-            folder = os.open(self._path.parent, os.O_RDONLY)
-            try:
-                os.fsync(folder)
-            finally:
-                os.close(folder)
+            self._journal.remove()
+            if self._durable:
+                _sync_folder(self._path.parent)
 
     def _write(self, data: memoryview, offset: int) -> None:
         done = 0
         while done < data.nbytes:
             done += os.pwrite(self._fd, data[done:], offset + done)
 
+    def _close(self) -> None:
+        os.close(self._fd)
+        self._fd = -1
+        self._journal.close()
+
     def _discard(self) -> None:
         if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
+            self._close()
             self._temporary.unlink(missing_ok=True)
+            self._journal.remove()
 
     @contextlib.contextmanager
     def _explained(self) -> Iterator[None]:

@@ -164,6 +164,11 @@ class ExpertReader:
         names = [stored.name for stored, _ in self._stored(expert)]
         return names[0], names[-2], names[-1]
 
+    def nbytes(self, expert: int) -> int:
+        """Bytes of this expert in its files."""
+        count = self._experts if self._tensors.stacked else 1
+        return sum(self._checkpoint.entry(name).nbytes for name in self.names_of(expert)) // count
+
     def read(self, expert: int) -> ExpertWeights:
         """Read one expert: the bytes of its tensors, or of its slices of stacked ones, and no others."""
         parts = [format_of(stored).read(stored, shape) for stored, shape in self._stored(expert)]

@@ -10,7 +10,8 @@ log line per layer says what packing kept of the signal, by its expert 0:
 
 A cache file belongs to the checkpoint that it came from: the shards' names, sizes and times, config.json, and the
 expert tensors' names, shapes, dtypes and samples of their bytes. With ``weight_path`` the times do not count, so that a
-copy on another machine stays usable. A file that does not fit is rebuilt, and one log line says why.
+copy on another machine stays usable. A file that does not fit is rebuilt, and one log line says why. What a killed
+process has packed of it is kept.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ from ..distributed.peers import Peers
 from ..ops.layout import QUANTISED, Layout, MatrixFormat, name_of
 from ..ops.packed import PackedExperts
 from . import packed_form
-from .cache import CacheMiss, CacheSpec, PackedWriter, build_lock, open_packed
+from .cache import NEAREST, CacheMiss, CacheSpec, PackedWriter, build_lock, open_packed
 from .checkpoint import Checkpoint, ExpertTensors
 from .formats import ExpertReader, open_checkpoint
 from .packed_form import choose_layout, format_of, wanted
@@ -48,8 +49,8 @@ from .quantized import QuantizedWeight
 logger = logging.getLogger(__name__)
 
 SUFFIX = ".ktpack"
-_READERS = max(1, min(4, len(os.sched_getaffinity(0)) // 4))  # threads; each holds one expert
-_READ_AHEAD = _READERS + 1  # experts
+READERS = max(2, min(4, len(os.sched_getaffinity(0)) // 4))  # threads; each holds one expert
+_READ_AHEAD = READERS + 1  # experts
 _ALIGN = 4096  # of a layer in memory
 
 Matrix = Tensor | QuantizedWeight  # values, or codes that are packed as they are
@@ -80,6 +81,60 @@ def load_experts(
         ValueError: a file or tensor of the checkpoint is missing, malformed, of a wrong shape or dtype, or not finite.
         OSError: the cache file cannot be written.
     """
+    job = make_job(
+        model_dir,
+        layers,
+        num_experts=num_experts,
+        hidden_size=hidden_size,
+        intermediate_size=intermediate_size,
+        config=config,
+        progress=progress,
+        held=held,
+    )
+    packed = _packed(job, peers)
+    return {layer: _with_biases(experts, job.readers[layer], job.held) for layer, experts in packed.items()}
+
+
+def _with_biases(packed: PackedExperts, reader: ExpertReader, held: range) -> PackedExperts:
+    """Biases are small and not part of the packed file: they are read every time."""
+    biases = reader.biases(held)
+    return packed if biases is None else packed.with_(biases=biases)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """What is to be packed: ``held`` experts of the layers of ``readers``. ``path``: into which file, if into one."""
+
+    checkpoint: Checkpoint
+    readers: Readers
+    spec: CacheSpec
+    held: range
+    config: KtConfig
+    path: Path | None
+    progress: bool
+
+    def with_layouts(self) -> Job:
+        """The same with the format of every matrix, which the first expert of every layer decides."""
+        first = [(name, reader.read(self.held.start)) for name, reader in self.readers.items()]
+        layouts = tuple(choose_layout(name, weights, self.config) for name, weights in first)
+        return replace(self, spec=replace(self.spec, layouts=layouts, rounding=self.spec.rounding or NEAREST))
+
+    def layout(self, layer: str) -> Layout:
+        return self.spec.sizes(self.spec.layers.index(layer))[-1]
+
+
+def make_job(
+    model_dir: str | os.PathLike[str],
+    layers: dict[str, ExpertTensors],
+    *,
+    num_experts: int,
+    hidden_size: int,
+    intermediate_size: int,
+    config: KtConfig,
+    progress: bool = True,
+    held: range | None = None,
+) -> Job:
+    """Open the checkpoint, check what it says of its experts, and find the file's place; arguments as above."""
     checkpoint = open_checkpoint(config.expert_checkpoint_path or model_dir)
     sizes = (num_experts, hidden_size, intermediate_size)
     readers = {name: ExpertReader(checkpoint, tensors, *sizes) for name, tensors in layers.items()}
@@ -96,40 +151,16 @@ def load_experts(
         packing=_packing(),
         content=content,
         source="" if config.weight_path else _source(checkpoint, content),
+        rounding=None if config.weight_path else NEAREST,
     )
-    packed = _packed(_Job(checkpoint, readers, spec, held, progress, config), peers)
-    return {layer: _with_biases(experts, readers[layer], held) for layer, experts in packed.items()}
+    path = _path(checkpoint, spec, held, config)
+    return Job(
+        checkpoint=checkpoint, readers=readers, spec=spec, held=held, config=config, path=path, progress=progress
+    )
 
 
-def _with_biases(packed: PackedExperts, reader: ExpertReader, held: range) -> PackedExperts:
-    """Biases are small and not part of the packed file: they are read every time."""
-    biases = reader.biases(held)
-    return packed if biases is None else packed.with_(biases=biases)
-
-
-@dataclass(frozen=True)
-class _Job:
-    """What is to be packed: ``held`` experts of the layers of ``readers``."""
-
-    checkpoint: Checkpoint
-    readers: Readers
-    spec: CacheSpec
-    held: range
-    progress: bool
-    config: KtConfig
-
-    def with_layouts(self) -> _Job:
-        """The same with the format of every matrix, which the first expert of every layer decides."""
-        first = [(name, reader.read(self.held.start)) for name, reader in self.readers.items()]
-        layouts = tuple(choose_layout(name, weights, self.config) for name, weights in first)
-        return replace(self, spec=replace(self.spec, layouts=layouts))
-
-    def layout(self, layer: str) -> Layout:
-        return self.spec.sizes(self.spec.layers.index(layer))[-1]
-
-
-def _packed(job: _Job, peers: Peers | None) -> dict[str, PackedExperts]:
-    path = _path(job, job.config)
+def _packed(job: Job, peers: Peers | None) -> dict[str, PackedExperts]:
+    path = job.path
     if path is None:
         return _pack_in_memory(job, peers)
     if peers is None:
@@ -140,7 +171,7 @@ def _packed(job: _Job, peers: Peers | None) -> dict[str, PackedExperts]:
     return on_nodes(mapped, peers)
 
 
-def _open_or_build(path: Path, job: _Job) -> dict[str, PackedExperts]:
+def _open_or_build(path: Path, job: Job) -> dict[str, PackedExperts]:
     try:
         return open_packed(path, job.spec)
     except CacheMiss:
@@ -151,10 +182,15 @@ def _open_or_build(path: Path, job: _Job) -> dict[str, PackedExperts]:
         except CacheMiss as miss:
             logger.info("Packing the experts of %s into %s: %s.", job.checkpoint.folder, path, miss)
         _build(path, job.with_layouts())
-        try:
-            return open_packed(path, job.spec)
-        except CacheMiss as miss:
-            raise OSError(f"packed experts {path}: unusable right after writing: {miss}; check the disk") from miss
+        return open_built(path, job.spec)
+
+
+def open_built(path: Path, spec: CacheSpec) -> dict[str, PackedExperts]:
+    """Check and map a file that was just written."""
+    try:
+        return open_packed(path, spec)
+    except CacheMiss as miss:
+        raise OSError(f"packed experts {path}: unusable right after writing: {miss}; check the disk") from miss
 
 
 def _first_then_others(peers: Peers, first: Callable[[], _T], others: Callable[[], _T]) -> _T:
@@ -190,7 +226,7 @@ def _read(reader: ExpertReader, expert: int, layout: Layout, buffers: dict[str, 
     return matrix("gate", weights.gate, gate), matrix("up", weights.up, up), matrix("down", weights.down, down)
 
 
-def _in_file_order(job: _Job) -> list[tuple[str, int]]:
+def _in_file_order(job: Job) -> list[tuple[str, int]]:
     def place(item: tuple[str, int]) -> tuple[str, int, int]:
         entry = job.checkpoint.entry(job.readers[item[0]].names_of(item[1])[0])
         return entry.file.name, entry.start, item[1]
@@ -198,32 +234,41 @@ def _in_file_order(job: _Job) -> list[tuple[str, int]]:
     return sorted(((layer, expert) for layer in job.readers for expert in job.held), key=place)
 
 
-def _pack_all(job: _Job, put: Put) -> None:
-    """Read every expert ahead on other threads and hand it to ``put``, numbered from the first that is held."""
-    matrix_elements = 3 * job.spec.hidden_size * job.spec.intermediate_size
+def _pack_all(job: Job, put: Put, is_done: Callable[[str, int], bool] = lambda layer, expert: False) -> None:
+    """Read every expert ahead on other threads and hand it to ``put``, unless ``is_done``.
+
+    Both get numbers that count from the first expert that is held.
+    """
+    order = _in_file_order(job)
+    todo = [(layer, expert) for layer, expert in order if not is_done(layer, expert - job.held.start)]
+    nbytes = {layer: reader.nbytes(job.held.start) for layer, reader in job.readers.items()}
+    total, left = (sum(nbytes[layer] for layer, _ in experts) for experts in (order, todo))
+    if len(todo) < len(order):
+        logger.info("%d of %d experts were packed before an interruption.", len(order) - len(todo), len(order))
     names = sorted({name_of(layout) for layout in job.spec.layouts or ()})
     bar = tqdm(
-        total=len(job.readers) * len(job.held) * matrix_elements,
-        unit="param",
+        total=total,
+        initial=total - left,
+        unit="B",
         unit_scale=True,
         desc=f"packing experts ({', '.join(names)})",
         disable=None if job.progress else True,
     )
     with bar:
-        for layer, expert, matrices in _read_ahead(job):
+        for layer, expert, matrices in _read_ahead(job, todo):
             try:
                 put(layer, expert - job.held.start, matrices)
             except ValueError as error:
                 raise _named(error, job.checkpoint, job.readers[layer], expert, matrices) from None
-            bar.update(matrix_elements)
+            bar.update(nbytes[layer])
 
 
-def _read_ahead(job: _Job) -> Iterator[tuple[str, int, Matrices]]:
+def _read_ahead(job: Job, experts: list[tuple[str, int]]) -> Iterator[tuple[str, int, Matrices]]:
     pending: deque[tuple[str, int, Future[Matrices]]] = deque()
     buffers: cycle[dict[str, Tensor]] = cycle([{} for _ in range(_READ_AHEAD + 1)])
-    with ThreadPoolExecutor(max_workers=_READERS, thread_name_prefix="kt_sft-read") as pool:
+    with ThreadPoolExecutor(max_workers=READERS, thread_name_prefix="kt_sft-read") as pool:
         try:
-            for layer, expert in _in_file_order(job):
+            for layer, expert in experts:
                 future = pool.submit(_read, job.readers[layer], expert, job.layout(layer), next(buffers))
                 pending.append((layer, expert, future))
                 if len(pending) > _READ_AHEAD:
@@ -272,26 +317,37 @@ def _report(layer: str, packed: PackedExperts, matrices: Matrices) -> None:
     logger.info("%s packed as %s: SQNR %.1f dB (expert 0)", layer, packed.weight_format, sqnr)
 
 
-def _build(path: Path, job: _Job) -> None:
-    by_layout: dict[Layout, PackedExperts] = {}  # a buffer of one expert
-    with PackedWriter(path, job.spec) as writer:
+def _build(path: Path, job: Job) -> None:
+    """Pack into one buffer while another thread writes the one before."""
+    buffers: dict[Layout, Iterator[PackedExperts]] = {}  # two of one expert, in turn
+    writes: deque[Future[None]] = deque()
+    durable = job.config.weight_path is not None
+    with (
+        PackedWriter(path, job.spec, durable=durable) as writer,
+        ThreadPoolExecutor(1, thread_name_prefix="kt_sft-write") as pool,
+    ):
 
         def put(layer: str, expert: int, matrices: Matrices) -> None:
+            if len(writes) == 2:
+                writes.popleft().result()
             layout = job.layout(layer)
-            if layout not in by_layout:
-                by_layout[layout] = PackedExperts.empty(1, job.spec.hidden_size, job.spec.intermediate_size, layout)
-            one = by_layout[layout]
-            one.storage.zero_()  # padding bytes are part of the checksums
+            if layout not in buffers:
+                sizes = (1, job.spec.hidden_size, job.spec.intermediate_size, layout)
+                buffers[layout] = cycle([PackedExperts.empty(*sizes) for _ in range(2)])
+            one = next(buffers[layout])
+            one.storage.numpy().fill(0)  # padding bytes are part of the checksums
             _pack(one, 0, matrices)
             if expert == 0:
                 _report(layer, one, matrices)
-            writer.put(layer, expert, one.storage)
+            writes.append(pool.submit(writer.put, layer, expert, one.storage))
 
-        _pack_all(job, put)
+        _pack_all(job, put, writer.holds)
+        for write in writes:
+            write.result()
         writer.commit()
 
 
-def _pack_in_memory(job: _Job, peers: Peers | None) -> dict[str, PackedExperts]:
+def _pack_in_memory(job: Job, peers: Peers | None) -> dict[str, PackedExperts]:
     job = job.with_layouts()
     spec = job.spec
     starts = list(accumulate((-(-size // _ALIGN) * _ALIGN for size in spec.layer_bytes), initial=0))
@@ -355,8 +411,7 @@ def _packing() -> str:
     return digest.hexdigest()
 
 
-def _path(job: _Job, config: KtConfig) -> Path | None:
-    spec, held, checkpoint = job.spec, job.held, job.checkpoint
+def _path(checkpoint: Checkpoint, spec: CacheSpec, held: range, config: KtConfig) -> Path | None:
     sizes = "x".join(str(n) for n in (len(spec.layers), spec.num_experts, spec.hidden_size, spec.intermediate_size))
     kind = f"{spec.wanted}-{sizes}" + (f"-from{held.start}" if held.start else "")
     if config.weight_path:

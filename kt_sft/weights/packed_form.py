@@ -13,6 +13,7 @@ from torch import Tensor
 from ..config import KtConfig
 from ..ops.layout import QUANTISED, Layout, MatrixFormat, resolve_group_size
 from ..ops.packed import PackedExperts
+from .encode import ENCODED, encode, encoded_format
 from .formats import ExpertWeights
 from .gguf_blocks import BLOCKS, affine_scales, q6_k_scales
 from .quantized import QuantizedWeight
@@ -81,10 +82,12 @@ def choose_layout(layer: str, first: ExpertWeights, config: KtConfig) -> Layout:
             return MatrixFormat(config.weight_format, resolve_group_size(config.weight_format, config.group_size))
         if config.weight_format == "auto":
             return stored or MatrixFormat(_OTHERWISE, resolve_group_size(_OTHERWISE, config.group_size))
+        if weight.kind == "float" and config.weight_format in ENCODED:
+            return encoded_format(config.weight_format, weight.shape[1])
         if stored is None or stored.name not in _FAMILIES[config.weight_format]:
             raise ValueError(
                 f"weight_format {config.weight_format}: expected a checkpoint with experts in "
-                f"{' or '.join(_FAMILIES[config.weight_format])}, got {stored or weight.kind} ({layer}, {name}); "
+                f"{_acceptable(config.weight_format)}, got {stored or weight.kind} ({layer}, {name}); "
                 "use auto (as they are stored, or int8), int8 or int4"
             )
         return stored
@@ -92,15 +95,22 @@ def choose_layout(layer: str, first: ExpertWeights, config: KtConfig) -> Layout:
     return chosen("gate", first.gate), chosen("up", first.up), chosen("down", first.down)
 
 
+def _acceptable(setting: str) -> str:
+    return " or ".join([*_FAMILIES[setting], *(["bf16"] if setting in ENCODED else [])])
+
+
 def pack(packed: PackedExperts, index: int, projection: int, weight: Tensor | QuantizedWeight) -> None:
-    """Pack one matrix of one expert: values are quantised, codes kept as they are.
+    """Pack one matrix of one expert: values are quantised or encoded, codes kept as they are.
 
     Raises ValueError on a wrong shape, values or scales that are NaN or Inf, and codes of another format.
     """
+    expected = packed.layout[projection]
     if isinstance(weight, Tensor):
-        packed.pack_matrix_(index, projection, weight)
-        return
-    expected, found = packed.layout[projection], format_of(weight)
+        if expected.name not in ENCODED:
+            packed.pack_matrix_(index, projection, weight)
+            return
+        weight = encode(weight, expected.name)
+    found = format_of(weight)
     if found != expected:
         raise ValueError(f"expected every expert of the layer stored as {expected}, got {found or weight.kind}")
     packed.pack_codes_(index, projection, weight.codes.view(torch.uint8), _planes(weight))

@@ -42,9 +42,9 @@ def test_a_planned_verb_is_refused_in_one_line(verb):
 
 
 def test_an_error_is_one_line():
-    result = kt_sft("convert", "--input-path", "x")
+    result = kt_sft("quant", "--input-path", "x")
     assert result.returncode == 1
-    assert result.stderr.startswith("kt-sft: convert is not available yet")
+    assert result.stderr.startswith("kt-sft: quant is not available yet: kt-sft convert MODEL")
     assert result.stderr.count("\n") == 1
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import torch
@@ -12,6 +13,11 @@ from kt_sft.weights.checkpoint import INDEX, ExpertTensors
 
 E, D, F, LAYERS = 3, 96, 64, 2
 SIZES = {"num_experts": E, "hidden_size": D, "intermediate_size": F}
+
+
+def search_path(root: Path) -> str:
+    """PYTHONPATH of a process that tests start: the repository first."""
+    return os.pathsep.join(filter(None, (str(root), os.environ.get("PYTHONPATH"))))
 
 
 def layer_name(layer: int) -> str:

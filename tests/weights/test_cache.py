@@ -18,7 +18,7 @@ from kt_sft.config import KtConfig
 from kt_sft.weights import cache, loader
 from kt_sft.weights.loader import load_experts
 
-from .checkpoints import SIZES, layer_name, separate_layers, separate_tensors, weights, write
+from .checkpoints import SIZES, layer_name, search_path, separate_layers, separate_tensors, weights, write
 
 
 @pytest.fixture
@@ -200,7 +200,7 @@ def test_processes_that_race_build_once(model):
     file = cache_file(model)
     with cache.build_lock(file):
         file.unlink()
-        env = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+        env = {**os.environ, "PYTHONPATH": search_path(root), "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
         racers = [subprocess.Popen(command, cwd=root, env=env, stdout=subprocess.PIPE, text=True) for _ in range(2)]
         for racer in racers:
             assert racer.stdout is not None

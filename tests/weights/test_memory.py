@@ -2,31 +2,28 @@
 
 A process of its own loads a synthetic checkpoint; measured is the growth of VmHWM (/proc/self/status: the peak of the
 resident set, mapped pages of the cache file included) from just before the load to after every packed byte was read.
+Two processes that map the same file share its pages: their proportional set sizes (PSS) add up to one copy.
 """
 
 from __future__ import annotations
 
-import json
 import os
-import struct
 import subprocess
 import sys
 import textwrap
 from pathlib import Path
 
 import pytest
-import torch
 
-from .checkpoints import separate_layers
+from benchmarks.loading import write_checkpoint
 
-D, F, E = 2048, 768, 16  # one layer: 151 MB in BF16
+from .checkpoints import search_path
 
 MEASURE = """
     import sys
     from kt_sft.config import KtConfig
     from kt_sft.weights.loader import load_experts
-    from tests.weights.checkpoints import separate_layers
-    from tests.weights.test_memory import D, F, E
+    from benchmarks.loading import D, E, F, layers_of
 
     def peak():
         return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith("VmHWM"))
@@ -34,7 +31,7 @@ MEASURE = """
     model, layers, cache = sys.argv[1], int(sys.argv[2]), sys.argv[3]
     before = peak()
     packed = load_experts(
-        model, separate_layers(layers), num_experts=E, hidden_size=D, intermediate_size=F,
+        model, layers_of(layers), num_experts=E, hidden_size=D, intermediate_size=F,
         config=KtConfig(cache_dir=cache), progress=False,
     )
     touched = [p.storage.max() for p in packed.values()]  # sum() would make an int64 copy
@@ -42,26 +39,10 @@ MEASURE = """
 """
 
 
-def write_big(folder: Path, layers: int) -> int:
-    """A checkpoint of ``layers`` layers, written row of experts by row, never whole in memory. Its size in bytes."""
-    names = [n for tensors in separate_layers(layers).values() for e in range(E) for n in tensors.names_of(e)]
-    nbytes, table = 2 * D * F, {}
-    for i, name in enumerate(names):
-        shape = [D, F] if "down" in name else [F, D]
-        table[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [i * nbytes, (i + 1) * nbytes]}
-    header = json.dumps(table).encode()
-    data = torch.randn(D * F).bfloat16().view(torch.uint8).numpy().tobytes()
-    with open(folder / "model.safetensors", "wb") as f:
-        f.write(struct.pack("<Q", len(header)) + header)
-        for _ in names:
-            f.write(data)
-    return len(names) * nbytes
-
-
 @pytest.mark.parametrize("layers", [7, pytest.param(27, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("cached", [True, False])
 def test_peak_while_loading(tmp_path, layers, cached):
-    size = write_big(tmp_path, layers)
+    size = write_checkpoint(tmp_path, layers)
     root = Path(__file__).parents[2]
     done = subprocess.run(
         [
@@ -73,7 +54,7 @@ def test_peak_while_loading(tmp_path, layers, cached):
             str(tmp_path) if cached else "none",
         ],
         cwd=root,
-        env={**os.environ, "PYTHONPATH": str(root)},
+        env={**os.environ, "PYTHONPATH": search_path(root)},
         capture_output=True,
         text=True,
         timeout=600,
@@ -82,3 +63,52 @@ def test_peak_while_loading(tmp_path, layers, cached):
     packed, grown = map(int, done.stdout.split())
     assert 0.4 * size < packed < 0.6 * size
     assert 0.9 * packed < grown < packed + 0.4e9, f"{grown / 1e9:.2f} GB for {packed / 1e9:.2f}"
+
+
+SHARER = """
+    import sys
+    from pathlib import Path
+    from benchmarks.loading import load
+
+    packed = load(Path(sys.argv[1]), Path(sys.argv[2]), 1)
+    for layer in packed.values():
+        layer.storage.max()
+    print(flush=True)  # every page is there
+    sys.stdin.readline()  # until the other process has them too
+    pss, inside = 0, False
+    for line in open("/proc/self/smaps"):
+        if "-" in line.split()[0]:
+            inside = line.rstrip().endswith(".ktpack")
+        elif inside and line.startswith("Pss:"):
+            pss += int(line.split()[1]) * 1024
+    print(pss, sum(layer.nbytes for layer in packed.values()), flush=True)
+    sys.stdin.readline()  # until the other process has measured
+"""
+
+
+def test_two_processes_share_one_copy(tmp_path):
+    write_checkpoint(tmp_path, 1)
+    root = Path(__file__).parents[2]
+    command = [sys.executable, "-c", textwrap.dedent(SHARER), str(tmp_path), str(tmp_path / "cache")]
+    env = {**os.environ, "PYTHONPATH": search_path(root)}
+    pipe = subprocess.PIPE
+    sharers = [subprocess.Popen(command, cwd=root, env=env, stdin=pipe, stdout=pipe, text=True) for _ in range(2)]
+
+    def next_line(sharer: subprocess.Popen[str]) -> str:
+        assert sharer.stdout is not None
+        return sharer.stdout.readline()
+
+    def go_on() -> None:
+        for sharer in sharers:
+            assert sharer.stdin is not None
+            sharer.stdin.write("\n")
+            sharer.stdin.flush()
+
+    assert [next_line(sharer) for sharer in sharers] == ["\n", "\n"]
+    go_on()
+    rows = [[int(word) for word in next_line(sharer).split()] for sharer in sharers]
+    go_on()
+    assert [sharer.wait(timeout=60) for sharer in sharers] == [0, 0]
+    (pss, packed), (other, _) = rows
+    assert 0.98 * packed < pss + other < 1.02 * packed
+    assert 0.45 * packed < pss < 0.55 * packed
