@@ -10,6 +10,7 @@ Ties round to the even code. Shape suffixes: N rows, K columns, G groups.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -21,7 +22,6 @@ from .quantized import QuantizedWeight, pack_nibbles
 ENCODED = ("fp8", "mxfp4")
 FP8_BLOCK, MXFP4_GROUP = 128, 32
 _FP8_MOST, _E2M1_MOST = 448.0, 6.0
-_E2M1_BETWEEN = torch.tensor([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0])  # half way from one code to the next
 _EXPONENTS = (-127, 127)  # of ue8m0
 
 
@@ -36,7 +36,10 @@ def encode(w_NK: Tensor, name: str) -> QuantizedWeight:
     values_NK = w_NK.float()
     if not torch.isfinite(values_NK).all():
         raise ValueError("weights: expected finite values, got NaN or Inf")
-    return _ENCODERS[name](values_NK)
+    # As many rows at a time as an FP8 block has: temporaries stay in the cache.
+    parts = [_ENCODERS[name](part) for part in values_NK.split(FP8_BLOCK)]
+    codes, scales = (torch.cat(pieces) for pieces in zip(*((p.codes, p.scales) for p in parts), strict=True))
+    return replace(parts[0], shape=(len(w_NK), w_NK.shape[1]), codes=codes, scales=scales)
 
 
 def _fp8(w_NK: Tensor) -> QuantizedWeight:
@@ -60,13 +63,14 @@ def _mxfp4(w_NK: Tensor) -> QuantizedWeight:
     trials = []
     for exponent_NG in (above_NG, (above_NG - 1).clamp_(min=_EXPONENTS[0])):
         scale_NG1 = torch.exp2(exponent_NG)[..., None]
-        codes_NGg = _e2m1(w_NGg / scale_NG1)
-        error_NG = (_E2M1_VALUES[codes_NGg.int()] * scale_NG1 - w_NGg).square().sum(-1)
-        trials.append((exponent_NG, codes_NGg, error_NG))
-    (exponent_NG, codes_NGg, error_NG), (below_NG, below_codes, below_error) = trials
+        sizes_NGg = _e2m1((w_NGg / scale_NG1).abs_())
+        error_NG = (w_NGg.abs() - sizes_NGg * scale_NG1).square_().sum(-1)
+        trials.append((exponent_NG, sizes_NGg, error_NG))
+    (exponent_NG, sizes_NGg, error_NG), (below_NG, below_sizes, below_error) = trials
     better_NG = below_error < error_NG
-    codes_NGg = torch.where(better_NG[..., None], below_codes, codes_NGg)
+    sizes_NGg = torch.where(better_NG[..., None], below_sizes, sizes_NGg)
     exponent_NG = torch.where(better_NG, below_NG, exponent_NG)
+    codes_NGg = (_at_size(sizes_NGg, 2 * sizes_NGg, sizes_NGg + 2, sizes_NGg / 2 + 4) + 8 * (w_NGg < 0)).to(torch.uint8)
     return QuantizedWeight(
         kind="e2m1",
         shape=(rows, columns),
@@ -76,16 +80,14 @@ def _mxfp4(w_NK: Tensor) -> QuantizedWeight:
     )
 
 
-_E2M1_VALUES = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, 0, -0.5, -1, -1.5, -2, -3, -4, -6])
+def _e2m1(sizes: Tensor) -> Tensor:
+    """The nearest of 0 0.5 1 1.5 2 3 4 6; half way, the one with the even code."""
+    return _at_size(sizes, (2 * sizes).round_() / 2, sizes.round(), 2 * (sizes / 2).round_()).clamp_(max=_E2M1_MOST)
 
 
-def _e2m1(values: Tensor) -> Tensor:
-    """The nearest codes; half way, the even one: the count of midpoints below, or at an odd code also those equal."""
-    size = values.abs()
-    below = torch.bucketize(size, _E2M1_BETWEEN)
-    at_most = torch.bucketize(size, _E2M1_BETWEEN, right=True)
-    codes = torch.where(below % 2 == 0, below, at_most)
-    return (codes + 8 * (values < 0)).to(torch.uint8)
+def _at_size(sizes: Tensor, below_2: Tensor, below_4: Tensor, above: Tensor) -> Tensor:
+    """Codes are half apart below 2, one below 4, two above."""
+    return torch.where(sizes < 2, below_2, torch.where(sizes < 4, below_4, above))
 
 
 _ENCODERS: dict[str, Callable[[Tensor], QuantizedWeight]] = {"fp8": _fp8, "mxfp4": _mxfp4}
