@@ -13,7 +13,7 @@ from kt_sft.config import KtConfig
 from kt_sft.models import calibrate
 from kt_sft.models.calibrate import SEQUENCE, pack_calibrated, sequences
 from kt_sft.models.convert import from_pretrained
-from kt_sft.models.pack import pack_checkpoint
+from kt_sft.models.pack import build_empty, pack_checkpoint
 from kt_sft.nn.experts import KtExperts
 from tests.integrations.tiny import EXPERTS, LAYERS, SENTENCES, write_checkpoint
 
@@ -112,3 +112,11 @@ def test_refused(model, tmp_path):
     with pytest.raises(ValueError, match=f"expected a text of at least {SEQUENCE} tokens, got "):
         pack_calibrated(model, settings(tmp_path), SENTENCES[0])
     assert not list(tmp_path.iterdir())
+
+
+def test_experts_with_biases_are_refused(model, tmp_path):
+    config = settings(tmp_path)
+    empty = build_empty(str(model), config)
+    experts(empty)[1].has_bias = True
+    with pytest.raises(ValueError, match=r"layers\.1\.mlp\.experts: expected SiLU-gated experts without biases, got"):
+        list(calibrate.jobs_of(empty, str(model), config))
