@@ -56,7 +56,8 @@ sanitize: setup  ## kernel tests (AVX2) and thread pool under Address-, Undefine
 	@PATH="$(abspath $(VENV))/bin:$$PATH" cmake --build $(SANITIZED) >>$(SANITIZED).log || (cat $(SANITIZED).log; exit 1)
 	@LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libstdc++.so)" ASAN_OPTIONS=detect_leaks=0 \
 	  KT_SFT_ISA=avx2 KT_SFT_EXTENSION=$$(ls $(SANITIZED)/_C*.so) \
-	  $(PYTEST) --capture=sys -p tests.sanitize.extension -m "not slow" -k "not amx and not avx512" tests/ops
+	  $(PYTEST) --capture=sys -p tests.sanitize.extension -m "not slow" -k "not amx and not avx512" \
+	  tests/ops tests/weights/test_packed_form.py
 	@$(PYTEST) tests/sanitize
 .PHONY: sanitize
 

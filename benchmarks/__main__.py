@@ -29,7 +29,7 @@ from benchmarks.report import TABLES, Report, limit_rows, markdown, rich_table, 
 from benchmarks.shapes import ROUTINGS
 from kt_sft import native
 
-OURS = ["bf16", "int8", "int4", "int8*int8", "int8+lora8", "int8+lora16", "int8+lora64"]
+OURS = ["bf16", "int8", "int4", "fp8", "mxfp4", "int8*int8", "int8+lora8", "int8+lora16", "int8+lora64", "fp8+lora16"]
 TORCH = ["torch loop", "torch grouped_mm", "onednn prepacked", "torch int_mm"]
 KT = ["kt bf16", "kt int8", "kt int4", "kt fp8", "kt rawint4", "kt mxfp4", "kt bf16 no lora", "kt int8 no lora"]
 TOKENS = [1, 8, 64, 256, 1024, 2048]
@@ -46,7 +46,7 @@ LAYERS = {
     "minimax": 1024,
 }
 PEER_PYTHON = "KT_SFT_PEER_PYTHON"
-GATE = ["tests/ops/test_kernels.py", "tests/ops/test_experts.py"]
+GATE = ["tests/ops/test_kernels.py", "tests/ops/test_experts.py", "tests/weights/test_packed_form.py"]
 TIMEOUT = 600  # seconds of one row
 
 

@@ -6,7 +6,8 @@ stand at the end of every batch; what a batch of 2048 gives for them must agree 
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
+import sys
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
@@ -27,13 +28,11 @@ class Unavailable(Exception):
 
 
 def _oracle() -> ModuleType:
-    """kt_sft's reference by its path: a peer's environment has torch, but not kt_sft's compiled extension."""
-    path = ROOT / "kt_sft" / "ops" / "reference.py"
-    spec = importlib.util.spec_from_file_location("reference", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    """kt_sft's reference without the package: a peer's environment has torch, but not the compiled extension."""
+    bare = ModuleType("kt_sft_oracle")
+    bare.__path__ = [str(ROOT / "kt_sft" / "ops")]
+    sys.modules.setdefault(bare.__name__, bare)
+    return importlib.import_module(f"{bare.__name__}.reference")
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """Our rows. A name is a weight format, with ``*int8`` for native int8 products and ``+lora16`` for adapters of a rank.
 
-    bf16   int8   int4   int8*int8   int8+lora16   int8*int8+lora64
+    bf16   int8   int4   fp8   mxfp4   int8*int8   int8+lora16   int8*int8+lora64
 
 What every row offers, here and in the peers: ``forward(x, ids, weights, record)``, ``backward(grad_out)`` of the last
 recorded forward, ``weight_bytes``, ``tolerance`` of its results against float32, and ``expert(e)``: the weights that it
@@ -23,9 +23,12 @@ from benchmarks.shapes import Shape, expert_weights
 from kt_sft import native
 from kt_sft.ops import ExpertsLora, PackedExperts, moe_experts
 from kt_sft.ops.quantize import dequantize, quantize
+from kt_sft.weights.encode import ENCODED, encode
+from kt_sft.weights.packed_form import pack
+from kt_sft.weights.quantized import QuantizedWeight
 
 Matrices = tuple[Tensor, ...]
-NAME = re.compile(r"(bf16|int8|int4)(\*int8)?(?:\+lora(\d+))?")
+NAME = re.compile(r"(bf16|int8|int4|fp8|mxfp4)(\*int8)?(?:\+lora(\d+))?")
 
 
 class Row(NamedTuple):
@@ -77,16 +80,24 @@ class Ours:
         for e in range(shape.E):
             weights = self.source(e)
             start = time.perf_counter()
-            self.packed.pack_expert_(e, *weights)
+            for projection, weight in enumerate(self.stored(weights)):
+                pack(self.packed, e, projection, weight)
             self.pack_seconds += time.perf_counter() - start
         self.lora = make_lora(shape, self.row.rank) if self.row.rank else None
         self.threads = native.num_threads()
+
+    def stored(self, weights: Matrices) -> tuple[Tensor | QuantizedWeight, ...]:
+        """As a checkpoint of the row's format would have them; values where packing quantises."""
+        name = self.row.weight_format
+        return tuple(encode(w, name) for w in weights) if name in ENCODED else weights
 
     def expert(self, e: int) -> Matrices:
         """gate, up, down as packing must have stored them."""
         weights = self.source(e)
         if self.row.weight_format == "bf16":
             return weights
+        if self.row.weight_format in ENCODED:
+            return tuple(w.dequantize() for w in self.stored(weights))
         group = self.packed.group_size
         return tuple(dequantize(*quantize(w, self.row.weight_format, group), group) for w in weights)
 

@@ -14,7 +14,7 @@ from benchmarks.probes import Limits
 from benchmarks.shapes import SHAPES
 
 MANY_ROWS, FEW_ROWS = 128, (16, 64)  # routed rows per active expert
-FORMATS = ("bf16", "int8", "int4")
+FORMATS = ("bf16", "int8", "int4", "fp8", "mxfp4")
 RANKS = (8, 16, 64)
 
 

@@ -82,7 +82,7 @@ def test_a_wrong_row_reports_its_reason_instead_of_times(tmp_path, monkeypatch):
 
 def test_names_of_rows():
     assert parse("int8*int8+lora64") == ("int8", "int8", 64) and parse("bf16") == ("bf16", "bf16", 0)
-    for name in ("fp8", "int8*bf16", "int8+lora", "int8 "):
+    for name in ("fp9", "int8*bf16", "int8+lora", "int8 "):
         with pytest.raises(ValueError, match="row: expected a name like"):
             parse(name)
 
