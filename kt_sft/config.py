@@ -124,6 +124,8 @@ class KtConfig:
                 "compute_type: int8 products need weight_format int8 with group_size 0, 64 or 128; "
                 f"got {self.weight_format} with group_size {self.group_size}; choose compute_type bf16 or these"
             )
+        if self.compute_type == "int8":
+            object.__setattr__(self, "weight_format", "int8")  # what auto means then, whatever the checkpoint has
         if not isinstance(self.enabled, bool):
             raise ValueError(f"enabled: expected true or false, got {self.enabled!r}")
         if self.group_size is not None:

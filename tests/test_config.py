@@ -118,6 +118,13 @@ def test_the_constructor_checks_too(arguments, message):
         KtConfig(**arguments)
 
 
+def test_int8_products_need_int8_weights_whatever_the_checkpoint_has():
+    assert KtConfig(compute_type="int8").weight_format == "int8"
+    assert KtConfig().weight_format == "auto"
+    with pytest.raises(ValueError, match="compute_type: int8 products need weight_format int8"):
+        KtConfig(compute_type="int8", weight_format="fp8")
+
+
 def test_frozen_and_keyword_only():
     with pytest.raises(dataclasses.FrozenInstanceError):
         KtConfig().num_threads = 2
