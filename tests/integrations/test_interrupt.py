@@ -68,6 +68,8 @@ def interrupted(workspace, verb: str, args: dict, when: str, stdin: str = "") ->
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
+        # A shell that starts this in its background ignores the signal, and children inherit that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     assert process.stdin is not None and process.stdout is not None
     process.stdin.write(stdin.encode())
