@@ -119,9 +119,9 @@ void pack_quantised(const PackedHandle& packed, int expert, int projection, cons
                     const std::vector<py::object>& planes) {
   const PackedMatrix m = checked_matrix(packed.weights(), expert, projection);
   const int bits = info(m.format).bits;
-  KT_CHECK(bits <= 8 && m.cols % 2 == 0,
-           "codes: expected a format of at most 8 bits and an even number of columns, got ", info(m.format).name,
-           " and ", m.cols);
+  KT_CHECK(bits <= 8, "codes: expected a format of at most 8 bits, got ", info(m.format).name);
+  KT_CHECK(m.cols % source_columns(m.format) == 0, "codes: ", info(m.format).name, " expected a multiple of ",
+           source_columns(m.format), " columns, got ", m.cols);
   const uint8_t* code_data = tensor<uint8_t>(codes, "codes", {Dtype::u8}, {m.rows, source_row_bytes(m.format, m.cols)});
   const uint8_t* plane_data[kMaxPlanes] = {};
   int count = 0;

@@ -22,6 +22,8 @@ static constexpr int super_block_bytes(Format format) {
   return format == Format::q4_k ? 144 : format == Format::q5_k ? 176 : format == Format::q6_k ? 210 : 0;
 }
 
+int source_columns(Format format) { return super_block_bytes(format) > 0 ? 256 : 2; }
+
 int64_t source_row_bytes(Format format, int cols) {
   if (const int bytes = super_block_bytes(format)) return int64_t{cols} / 256 * bytes;
   return info(format).bits == 4 ? cols / 2 : cols;

@@ -195,6 +195,9 @@ def test_codes_of_another_format_and_bad_scales_are_refused():
         pack(packed, 0, 0, sources[0][0])
     with pytest.raises(ValueError, match=r"codes: expected shape \(64, 32\)"):
         packed.pack_codes_(0, 0, torch.zeros(64, 64, dtype=torch.uint8), [torch.zeros(64, 2, dtype=torch.uint8)])
+    short = PackedExperts.empty(1, 96, 64, "q4_k")
+    with pytest.raises(ValueError, match="codes: q4_k expected a multiple of 256 columns, got 96"):
+        short.pack_codes_(0, 0, torch.zeros(64, 0, dtype=torch.uint8), [torch.zeros(64, 2, dtype=torch.uint8)] * 4)
     with pytest.raises(ValueError, match="planes: expected 1, got 2"):
         planes = [torch.zeros(64, 2, dtype=torch.uint8)] * 2
         packed.pack_codes_(0, 0, torch.zeros(64, 32, dtype=torch.uint8), planes)
