@@ -1,7 +1,8 @@
 """Stock LLaMA-Factory 0.9.5 with its routed experts on kt_sft.
 
 Patched (see hooks.PATCHES):
-    hparams.parser   ``use_kt`` needs no fork; kt_* keys and ``kt_config`` become a KtConfig, checked before loading
+    hparams.parser   ``use_kt`` needs no fork; kt_* keys and ``kt_config`` become a KtConfig, checked before loading;
+                     a checkpoint that was not written to its end is not resumed from
     model.loader     ``load_model`` builds parameter-free experts and fills them from the checkpoint's shards
     model.patcher    gpt-oss trains without a GPU (llamafactory_attention.py)
     model.adapter    ``lora_target: all`` includes the routed experts; several adapters are kept apart, not merged
@@ -27,6 +28,7 @@ from .accelerate import accept_numbered_cpus
 from .interrupt import ending_cleanly
 from .llamafactory_adapters import keeping_adapters_apart
 from .llamafactory_args import Args, refuse_unsupported, resolve, take_settings
+from .resume import last_complete_checkpoint
 
 logger = logging.getLogger(__name__)
 
@@ -49,6 +51,7 @@ def patch_parser(parser: Any) -> None:
         function = f"_parse_{name}_args"
         setattr(parser, function, _taking_settings(getattr(parser, function), parser.read_args, parsed_classes))
     parser.get_train_args = _one_gpu_per_process(parser.get_train_args)
+    parser.get_last_checkpoint = _last_checkpoint(parser.get_last_checkpoint)
     parser.ModelArguments.apply_kt_config = lambda self, *args, **kwargs: None
 
 
@@ -109,6 +112,14 @@ def _one_gpu_per_process(get_train_args: Callable) -> Callable:
         return parsed
 
     return get
+
+
+def _last_checkpoint(stock: Callable) -> Callable:
+    @functools.wraps(stock)
+    def get_last_checkpoint(folder: str) -> str | None:
+        return stock(folder) if _active is None else last_complete_checkpoint(folder)
+
+    return get_last_checkpoint
 
 
 def patch_loader(loader: Any) -> None:

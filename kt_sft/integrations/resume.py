@@ -8,12 +8,17 @@ Stock Trainer writes whole tensors beside the adapter's file, under names that o
 Here each kind reads the other's, with any number of ranks. A parameter's number counts through the optimizer's groups,
 which the Trainer forms in the same way everywhere. DeepSpeed divides the optimizer's state among its ranks: its
 checkpoints are refused elsewhere. Models without packed experts go through unchanged.
+
+A run that was killed while it saved leaves a folder without trainer_state.json, which the Trainer writes last: such a
+checkpoint is passed over for the one before it, or refused where it is asked for by name.
 """
 
 from __future__ import annotations
 
 import functools
 import itertools
+import json
+import logging
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -23,6 +28,8 @@ from typing import Any
 WEIGHTS, BY_NAME, BY_NUMBER, SCHEDULER = "pytorch_model_fsdp.bin", "optimizer.bin", "optimizer.pt", "scheduler.pt"
 State = dict[str, Any]
 
+logger = logging.getLogger(__name__)
+
 
 def patch_trainer(module: Any) -> None:
     """Let ``Trainer`` read what another launcher wrote."""
@@ -31,6 +38,33 @@ def patch_trainer(module: Any) -> None:
     trainer._inner_training_loop = _loading_adapter_before_sharding(trainer._inner_training_loop, load)
     trainer._load_from_checkpoint = _loading_weights(load)
     trainer._load_optimizer_and_scheduler = _loading_optimizer(trainer._load_optimizer_and_scheduler)
+
+
+def last_complete_checkpoint(output_dir: str | Path) -> str | None:
+    """The checkpoint-N folder of ``output_dir`` with the largest N that was written to its end, or None."""
+    steps = {path: path.name.removeprefix("checkpoint-") for path in Path(output_dir).glob("checkpoint-*")}
+    numbered = [path for path, step in steps.items() if step.isdigit() and path.is_dir()]
+    for path in sorted(numbered, key=lambda path: int(steps[path]), reverse=True):
+        if _is_complete(path):
+            return str(path)
+        logger.warning("%s is passed over: it has no whole trainer_state.json, the run ended while saving it.", path)
+    return None
+
+
+def _is_complete(checkpoint: Path) -> bool:
+    try:
+        json.loads((checkpoint / "trainer_state.json").read_text())
+    except (OSError, ValueError):
+        return False
+    return True
+
+
+def _refuse_incomplete(checkpoint: Path) -> None:
+    if not _is_complete(checkpoint):
+        raise ValueError(
+            f"resume_from_checkpoint: expected a whole checkpoint, got {checkpoint} without a whole trainer_state.json "
+            "(the run ended while saving it); without resume_from_checkpoint the last whole one of output_dir is taken"
+        )
 
 
 def written_by_another(trainer: Any, checkpoint: str | None) -> str | None:
@@ -44,7 +78,10 @@ def written_by_another(trainer: Any, checkpoint: str | None) -> str | None:
     if checkpoint is None or not any(isinstance(module, KtExperts) for module in trainer.model.modules()):
         return None
     folder = Path(checkpoint)
-    if trainer.is_deepspeed_enabled or not folder.is_dir():
+    if not folder.is_dir():
+        return None
+    _refuse_incomplete(folder)
+    if trainer.is_deepspeed_enabled:
         return None
     if any(folder.glob("global_step*")):
         raise ValueError(

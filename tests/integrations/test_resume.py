@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,7 +22,7 @@ from safetensors.torch import load_file
 from tiny import write_checkpoint
 
 ROOT = Path(__file__).resolve().parents[2]
-TIMES, STEPS = 10, 24
+TIMES, STEPS = 10, 100
 
 
 _running: list[subprocess.Popen] = []
@@ -37,12 +38,10 @@ def _nothing_goes_on_after_a_failed_test():
 
 
 class Run:
-    """A training in its own process group, started from the last complete checkpoint of ``output``."""
+    """A training in its own process group; one that was killed goes on from the last complete checkpoint."""
 
     def __init__(self, workspace: Any, output: str, command: list[str], **changes: Any) -> None:
         self.folder = workspace.folder / output
-        checkpoint = last_checkpoint(self.folder)
-        changes["resume_from_checkpoint"] = str(checkpoint) if checkpoint else None
         args = workspace.write(f"{output}.yaml", workspace.training(output, **changes))
         self._log = open(workspace.folder / f"{output}.log", "a+")  # noqa: SIM115
         self.process = subprocess.Popen(
@@ -106,7 +105,13 @@ def test_killed_after_a_checkpoint(workspace, trained):
         time.sleep(0.02)
     run.kill(None)
     assert not (run.folder / "adapter_model.safetensors").exists()  # really interrupted
+    half = shutil.copytree(last_checkpoint(run.folder), run.folder / "checkpoint-98")
+    (half / "trainer_state.json").unlink()
+    asked = Run(workspace, "killed", CLI, resume_from_checkpoint=str(half))
+    assert asked.process.wait(timeout=300) != 0
+    assert f"got {half} without a whole trainer_state.json" in (workspace.folder / "killed.log").read_text()
     Run(workspace, "killed", CLI).finish()
+    assert f"{half} is passed over" in (workspace.folder / "killed.log").read_text()
     assert workspace.losses("killed") == workspace.losses("full")
     for name, tensor in workspace.adapter("full").items():
         assert torch.equal(workspace.adapter("killed")[name], tensor), name
@@ -121,7 +126,7 @@ def killed_again_and_again(workspace: Any, output: str, command: list[str], rank
         (workspace.folder / output / "trainer_log.jsonl").unlink(missing_ok=True)
         run = Run(workspace, output, command, **changes)
         assert run.reached(min(done + chance.randint(1, 3), STEPS - 1)), f"ended early, see {output}.log"
-        time.sleep(chance.random() * 0.2)
+        time.sleep(chance.random() * 0.2)  # also while a checkpoint is written
         run.kill(rank)
     Run(workspace, output, command, **changes).finish()
 
