@@ -41,7 +41,7 @@ def product(
     packed: PackedHandle, expert: int, projection: int, transposed: bool, act: Tensor, out: Tensor, /
 ) -> None: ...
 def product_int8(
-    packed: PackedHandle, expert: int, projection: int, act: Tensor, group: int, out: Tensor, /
+    packed: PackedHandle, expert: int, projection: int, transposed: bool, act: Tensor, group: int, out: Tensor, /
 ) -> None: ...
 
 # lora: factors and settings by name; backward also takes grad_<factor>
@@ -66,6 +66,7 @@ def backward(
     gate: Tensor | None,
     up: Tensor | None,
     int8: bool,
+    int8_gradients: bool,
     grad_out: Tensor,
     grad_x: Tensor,
     grad_lora_x: Tensor | None,

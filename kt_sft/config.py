@@ -87,7 +87,9 @@ class KtConfig:
         group_size: input features per scale: 32, 64, 128, or 0 for one scale per output channel; None: the format's.
         activation_policy: retain keeps the layer's activations for backward, recompute only its inputs.
         compute_type: of the forward products: bf16, or int8 (needs int8 weights and a CPU with int8 dot products; the
-            layer's input and its hidden values are quantised too). Gradients are computed in bf16.
+            layer's input and its hidden values are quantised too).
+        gradient_compute_type: of the gradients of the layer's input and routing weights: bf16, or int8 (needs
+            compute_type int8; faster and less accurate). Adapters and their gradients are computed in bf16 anyway.
         num_threads: threads of the kernels; None: the physical cores this process may use.
         numa_nodes: split the columns of every expert over at most this many NUMA nodes; None: all that this process
             may use, one: no split.
@@ -105,6 +107,7 @@ class KtConfig:
     group_size: int | None = None
     activation_policy: ActivationPolicy = "retain"
     compute_type: ComputeType = "bf16"
+    gradient_compute_type: ComputeType = "bf16"
     num_threads: int | None = None
     numa_nodes: int | None = None
     expert_parallel: ExpertParallel = "host"
@@ -118,11 +121,17 @@ class KtConfig:
         _one_of("weight_format", self.weight_format, WEIGHT_FORMATS)
         _one_of("activation_policy", self.activation_policy, ACTIVATION_POLICIES)
         _one_of("compute_type", self.compute_type, COMPUTE_TYPES)
+        _one_of("gradient_compute_type", self.gradient_compute_type, COMPUTE_TYPES)
         _one_of("expert_parallel", self.expert_parallel, EXPERT_PARALLEL)
         if self.compute_type == "int8" and (self.weight_format not in ("auto", "int8") or self.group_size == 32):
             raise ValueError(
                 "compute_type: int8 products need weight_format int8 with group_size 0, 64 or 128; "
                 f"got {self.weight_format} with group_size {self.group_size}; choose compute_type bf16 or these"
+            )
+        if self.gradient_compute_type == "int8" and self.compute_type != "int8":
+            raise ValueError(
+                "gradient_compute_type: int8 goes with compute_type int8 only, "
+                f"got compute_type {self.compute_type}; set both to int8, or gradient_compute_type to bf16"
             )
         if self.compute_type == "int8":
             object.__setattr__(self, "weight_format", "int8")  # what auto means then, whatever the checkpoint has

@@ -178,8 +178,8 @@ void check_int8(const PackedMatrix& m) {
            ", got groups of ", m.group_size);
 }
 
-void product_int8(const PackedHandle& packed, int expert, int projection, const py::object& act, int group,
-                  const py::object& out) {
+void product_int8(const PackedHandle& packed, int expert, int projection, bool transposed, const py::object& act,
+                  int group, const py::object& out) {
   const PackedMatrix m = checked_matrix(packed.weights(), expert, projection);
   check_int8(m);
   check_is_tensor(act, "act");
@@ -187,10 +187,10 @@ void product_int8(const PackedHandle& packed, int expert, int projection, const 
   KT_CHECK(shape.size() == 2, "act: expected two dimensions, got ", dims(shape));
   KT_CHECK(group > 0 && group % kSteps8 == 0 && group <= kMaxGroup8, "group: expected a multiple of ", kSteps8,
            " up to ", kMaxGroup8, ", got ", group);
-  const uint16_t* act_data = tensor<uint16_t>(act, "act", {Dtype::bf16}, {shape[0], m.cols});
-  float* out_data = tensor<float>(out, "out", {Dtype::f32}, {shape[0], m.rows});
+  const uint16_t* act_data = tensor<uint16_t>(act, "act", {Dtype::bf16}, {shape[0], transposed ? m.rows : m.cols});
+  float* out_data = tensor<float>(out, "out", {Dtype::f32}, {shape[0], transposed ? m.cols : m.rows});
   py::gil_scoped_release release;
-  packed_product8(m, act_data, shape[0], group, out_data);
+  packed_product8(m, transposed ? Side::right : Side::left, act_data, shape[0], group, out_data);
 }
 
 // The value of a key, or null.
@@ -287,10 +287,13 @@ void forward(const PackedHandle& packed, const py::object& x, const py::object& 
 }
 
 void backward(const PackedHandle& packed, const py::object& x, const py::object& ids, const py::object& weights,
-              const py::dict& lora, const py::object& gate, const py::object& up, bool int8, const py::object& grad_out,
-              const py::object& grad_x, const py::object& grad_lora_x, const py::object& grad_weights) {
+              const py::dict& lora, const py::object& gate, const py::object& up, bool int8, bool int8_gradients,
+              const py::object& grad_out, const py::object& grad_x, const py::object& grad_lora_x,
+              const py::object& grad_weights) {
   const ExpertWeights& w = packed.weights();
-  const LayerCall call = layer_call(w, x, ids, weights, lora, gate, up, int8);
+  KT_CHECK(int8 || !int8_gradients, "gradients: int8 products need int8 products in forward, too");
+  LayerCall call = layer_call(w, x, ids, weights, lora, gate, up, int8);
+  call.gradient_compute = int8_gradients ? Compute::int8 : Compute::bf16;
   const int64_t T = call.tokens, D = w.hidden;
   LayerGrads g{};
   g.grad_out = tensor<uint16_t>(grad_out, "grad_out", {Dtype::bf16}, {T, D});
@@ -388,7 +391,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("copy", copy, "the bytes of other experts of the same kind, by the threads of the nodes that own them");
   m.def("unpack", unpack);
   m.def("product", product, "out = act W^T, or act W if transposed; W is one projection of one expert");
-  m.def("product_int8", product_int8, "out = act W^T with act quantised per row and group of columns");
+  m.def("product_int8", product_int8,
+        "the same in native int8: act, or act times the scales of W's rows, quantised per row and group of columns");
   m.def("forward", forward);
   m.def("backward", backward);
 }

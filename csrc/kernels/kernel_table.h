@@ -39,6 +39,7 @@ struct PackArgs {
 };
 
 // Rows [row0, row0 + rows) of a row-major matrix (view.qs == 1), columns [0, nq) from the view's base on, to int8.
+// With `fold`, an int8 matrix, column q is multiplied by the scale of that matrix's row q at column fold_column first.
 struct QuantizeRowsArgs {
   DenseView view;
   int row0, rows, nq;
@@ -48,15 +49,28 @@ struct QuantizeRowsArgs {
   float* scales;     // [row][groups]
   int32_t* sums;     // [row][all_tiles]: sums of the codes of a row in a tile
   int64_t groups, all_tiles;
+  const PackedMatrix* fold = nullptr;
+  int fold_column = 0;
 };
 
-// out[m][c - c0] = sum_q act[m][q] W[c][q] with int8 weights and the activations that quantize_rows made.
-struct Gemm8Args {
+// One addend of an int8 product: activations that quantize_rows made, and int8 weights.
+struct Gemm8Term {
   const int8_t* act;
   const float* scales;
   const int32_t* sums;
-  int q, group;
-  const PackedMatrix* packed;  // int8, per channel or in groups of a multiple of 64
+  int64_t q_tiles, groups;  // from one row (of tiles) of these to the next
+  int q, group;             // group: columns that share a scale
+  const PackedMatrix* packed;  // per channel or in groups of a multiple of 64
+  DenseView rows{};            // activations yet to be quantised (qs == 1), instead of act, scales and sums
+};
+
+// Side::left:   out[m][c - c0] = sum over terms, sum_q act[m][q] W[c][q], with W's scales
+// Side::right:  out[m][c - c0] = sum over terms, sum_q act[m][q] code[q][c]: W's scales are folded into act. A matrix
+//               with several groups has another act for each of them, so it takes `rows`, quantised in the driver.
+struct Gemm8Args {
+  Side side;
+  const Gemm8Term* terms;
+  int num_terms;
   int m, c0, nc;
   float* out;
   int64_t ldo;

@@ -152,10 +152,14 @@ struct AmxOps : Ops {
   static void store_quads(uint8_t* to, const uint8_t* first, const uint8_t* second) {
     _mm512_storeu_si512(to, quads(first, second));
   }
+  static void store_turned(uint8_t* to, const uint8_t* pairs) { turn_pairs(to, pairs, _mm512_setzero_si512()); }
   // TDPBSSD takes both factors signed: g.start is not needed.
   static void multiply8(const Block8Args& g) {
     const int m_tiles = (g.rows + kTileRows - 1) / kTileRows;
+    Ahead ahead = g.ahead;
+    ahead.share *= 4;  // two tiles have four times the rows that Ahead counts with
     for (int i = 0; i < m_tiles; i += 2) {
+      prefetch_codes(ahead, g.tiles * kSteps8 / kBlock);
       alignas(64) int32_t sums[2][2][256];
       const int8_t* left = g.left + i * g.left_stride * kTile8Bytes;
       i + 1 < m_tiles ? sums8<2>(left, g, sums) : sums8<1>(left, g, sums);

@@ -76,6 +76,9 @@ struct Ops {
     };
     return _mm512_or_si512(words(first), _mm512_slli_epi32(words(second), 16));
   }
+  static void store_turned(uint8_t* to, const uint8_t* pairs) {
+    turn_pairs(to, pairs, _mm512_set1_epi32(int(0x80808080)));
+  }
   static void multiply8(const Block8Args& g) { multiply8_vnni(g); }
   static double peak_int8(int64_t iterations) { return peak_of_vnni(iterations); }
   static void begin8() {}

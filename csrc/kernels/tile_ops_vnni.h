@@ -15,6 +15,7 @@ struct Block8Args {
   float* c;
   int rows, tiles;
   bool accumulate;
+  Ahead ahead;
 };
 
 // c (+)= sums * row scale * column scales for one row of 16 columns.
@@ -62,9 +63,34 @@ inline void multiply8_rows(const Block8Args& g, int tile, int row) {
 }
 
 inline void multiply8_vnni(const Block8Args& g) {
+  Ahead ahead = g.ahead;
+  const int blocks = g.tiles * kSteps8 / kBlock;
   for (int tile = 0; tile * kTileRows < g.rows; ++tile) {
-    multiply8_rows<8>(g, tile, 0);
-    if (g.rows - tile * kTileRows > 8) multiply8_rows<8>(g, tile, 8);
+    for (int row = 0; row < kTileRows && tile * kTileRows + row < g.rows; row += 8) {
+      prefetch_codes(ahead, blocks);
+      multiply8_rows<8>(g, tile, row);
+    }
+  }
+}
+
+// Bytes [8 pairs of columns][32 rows][2], which is half a block, as [row / 4][16 columns][4], XORed with `flip`.
+inline void turn_pairs(uint8_t* to, const uint8_t* pairs, __m512i flip) {
+  const __m512i by_column = _mm512_broadcast_i32x4(_mm_setr_epi8(0, 2, 4, 6, 1, 3, 5, 7, 8, 10, 12, 14, 9, 11, 13, 15));
+  __m512i row[8], mixed[2][4];  // a 64-bit word: 4 rows of a pair
+  for (int p = 0; p < 8; ++p)
+    row[p] = _mm512_xor_si512(_mm512_shuffle_epi8(_mm512_loadu_si512(pairs + p * 64), by_column), flip);
+  for (int p = 0; p < 4; ++p) {
+    mixed[0][p] = _mm512_unpacklo_epi64(row[2 * p], row[2 * p + 1]);
+    mixed[1][p] = _mm512_unpackhi_epi64(row[2 * p], row[2 * p + 1]);
+  }
+  for (int odd = 0; odd < 2; ++odd) {
+    const auto& m = mixed[odd];
+    for (int high = 0; high < 2; ++high) {
+      const __m512i a = high ? _mm512_shuffle_i64x2(m[0], m[1], 0xee) : _mm512_shuffle_i64x2(m[0], m[1], 0x44);
+      const __m512i b = high ? _mm512_shuffle_i64x2(m[2], m[3], 0xee) : _mm512_shuffle_i64x2(m[2], m[3], 0x44);
+      _mm512_storeu_si512(to + (4 * high + odd) * 64, _mm512_shuffle_i64x2(a, b, 0x88));
+      _mm512_storeu_si512(to + (4 * high + 2 + odd) * 64, _mm512_shuffle_i64x2(a, b, 0xdd));
+    }
   }
 }
 

@@ -16,12 +16,13 @@ struct Backward {
   void* dout = nullptr;                     // right tiles (rows, D)
   float* z_sum = nullptr;                   // (wave rows, F): Z of the turns before the last, with several nodes
   void* dgate_up[2] = {};                   // right tiles (rows, F): dG and dU
+  Int8Rows dout8, dgate_up8[2];             // the same for int8 products, the scales of W's rows folded in
   float* dw_parts = nullptr;                // (wave rows, F / 32)
   // Only with LoRA; "small" is (wave rows, R) fp32, "rows" is (wave rows, F) bf16.
   float *small_a[3] = {}, *small_b[3] = {};  // s X A^T, s dLin B per projection; those of down times w
   void *small_b_tiles[3] = {}, *h_tiles = nullptr;
   void* turned[3][2] = {};  // small^T per projection, for the gradients of b and of a
-  uint16_t *dgate_up_rows[2] = {}, *h_rows = nullptr;
+  uint16_t *dgate_up_rows[2] = {}, *h_rows = nullptr;  // the former also where the driver folds and quantises
 
   Backward(const ExpertWeights& weights, const LayerCall& call, const LayerGrads& grads)
       : plan(weights, call),
@@ -33,6 +34,8 @@ struct Backward {
   const LoraFactors& factors(int projection) const { return plan.call.lora.factors[projection]; }
   int hidden() const { return plan.weights.hidden; }
   int intermediate() const { return plan.weights.intermediate; }
+  bool int8() const { return plan.call.gradient_compute == Compute::int8; }
+  bool folded_ahead(int p) const { return int8() && per_channel(plan.weights.matrix(0, static_cast<Projection>(p))); }
   int64_t wave_row(const Segment& s) const { return int64_t{s.tile0} * kTileRows; }
   char* tiles_of(void* tiles, const Segment& s, int q) const {
     return plan.tile(tiles, s.tile0, ceil_div(q, kTileSteps));
@@ -48,7 +51,12 @@ struct Backward {
     plan.take(ws);
     dout = plan.take_tiles(ws, D);
     if (plan.nodes > 1) z_sum = ws.take<float>(rows * F);
-    for (auto& tiles : dgate_up) tiles = plan.take_tiles(ws, F);
+    if (folded_ahead(kDown)) dout8.take(ws, plan.wave_tile_limit, D, kInputGroup8);
+    for (int p : {kGate, kUp}) {
+      dgate_up[p] = plan.take_tiles(ws, F);
+      if (folded_ahead(p)) dgate_up8[p].take(ws, plan.wave_tile_limit, F, kHiddenGroup8);
+      if (factors(p).rank > 0 || (int8() && !folded_ahead(p))) dgate_up_rows[p] = ws.take<uint16_t>(rows * F);
+    }
     dw_parts = ws.take<float>(rows * ceil_div(F, kBlock));
     if (recompute || (lora && !saved)) gate_up.take(plan, ws);
     if (recompute) gate = ws.take<uint16_t>(rows * F), up = ws.take<uint16_t>(rows * F);
@@ -63,7 +71,6 @@ struct Backward {
         if (of_a && p != kDown) rows = p == kGate ? rank_rows(kGate) + rank_rows(kUp) : 0;
         turned[p][of_a] = ws.take<char>(plan.wave_tile_limit * rows / kTileRows * plan.kernels.tile_bytes);
       }
-      if (p != kDown && factors(p).rank > 0) dgate_up_rows[p] = ws.take<uint16_t>(rows * F);
     }
     if (factors(kDown).rank == 0) return;
     h_tiles = plan.take_tiles(ws, F);
@@ -72,13 +79,22 @@ struct Backward {
 
   template <class Fn>
   void for_columns(const Wave& wave, int columns, Fn&& fn) const {
-    for_columns(wave, columns, 0,
-                [&](const Segment& s, const ColumnTask& t, const Plan::ThreadBuffers& b) { fn(s, t.c0, t.nc, b); });
+    for_tasks(wave, ColumnTasks(plan, columns, wave.end - wave.begin),
+              [&](const Segment& s, const ColumnTask& t, const Plan::ThreadBuffers& b) { fn(s, t.c0, t.nc, b); });
+  }
+
+  // Columns of Z, dG and dU: whole groups where these are quantised.
+  template <class Fn>
+  void for_gradient_columns(const Wave& wave, int turn, Fn&& fn) const {
+    const int F = intermediate(), pieces = wave.end - wave.begin;
+    for_tasks(wave,
+              int8() ? ColumnTasks(plan, F, kHiddenGroup8, kHiddenGroup8, pieces, turn)
+                     : ColumnTasks(plan, F, pieces, turn),
+              fn);
   }
 
   template <class Fn>
-  void for_columns(const Wave& wave, int columns, int turn, Fn&& fn) const {
-    const ColumnTasks tasks(plan, columns, wave.end - wave.begin, turn);
+  void for_tasks(const Wave& wave, const ColumnTasks& tasks, Fn&& fn) const {
     parallel_for(tasks.by_node(), [&](int64_t task, int thread) {
       const ColumnTask t = tasks[task];
       fn(plan.segments[wave.begin + t.piece], t, plan.thread[thread]);
@@ -116,18 +132,67 @@ struct Backward {
     });
   }
 
-  // dLin W over the rows of W that a node has.
-  GemmTerm node_term(void* dlin, const Segment& s, int width, const NodeRows& rows) const {
+  // The addends of one gradient product: dLin W over the rows of W that a node has, and what adapters add in bf16.
+  struct Addends {
+    NodeRows rows[2];
+    DenseView factors[2];
+    GemmTerm terms[4];
+    Gemm8Term terms8[2];
+    int count = 0, count8 = 0;
+  };
+
+  void add_weights(const Segment& s, int p, int node, Addends& to) const {
+    const int width = p == kDown ? hidden() : intermediate(), group = p == kDown ? kInputGroup8 : kHiddenGroup8;
+    NodeRows& rows = to.rows[p == kUp];
+    rows = rows_of_node(plan.weights.matrix(s.expert, static_cast<Projection>(p)), node, plan.nodes,
+                        int8() ? group : kBlock);
+    if (plan.gradient_in_int8(s)) {
+      to.terms8[to.count8++] = int8_term(s, p, rows);
+      return;
+    }
     const int all_tiles = static_cast<int>(ceil_div(width, kTileSteps));
-    return {tiles_of(dlin, s, width) + rows.begin / kTileSteps * plan.kernels.tile_bytes, rows.packed.rows,
-            &rows.packed, nullptr, all_tiles};
+    const char* tiles = tiles_of(p == kDown ? dout : dgate_up[p], s, width);
+    to.terms[to.count++] = {tiles + rows.begin / kTileSteps * plan.kernels.tile_bytes, rows.packed.rows, &rows.packed,
+                            nullptr, all_tiles};
+  }
+
+  Gemm8Term int8_term(const Segment& s, int p, const NodeRows& rows) const {
+    if (folded_ahead(p))
+      return (p == kDown ? dout8 : dgate_up8[p]).term(s.tile0, rows.packed, rows.begin, rows.packed.rows);
+    Gemm8Term term{};
+    term.q = rows.packed.rows, term.packed = &rows.packed;
+    term.group = p == kDown ? kInputGroup8 : kHiddenGroup8;
+    if (p == kDown) {
+      term.rows = {grads.grad_out + rows.begin, false, hidden(), 1, plan.token + s.row0};
+    } else {
+      term.rows = {dgate_up_rows[p] + wave_row(s) * intermediate() + rows.begin, false, intermediate(), 1};
+    }
+    return term;
+  }
+
+  // s dLin B times the factor a.
+  void add_adapter(const Segment& s, int p, Addends& to) const {
+    const LoraFactors& f = factors(p);
+    DenseView& factor = to.factors[p == kUp];
+    factor = factor_a(f, s.expert, p == kDown ? intermediate() : hidden(), Reduce::rank);
+    to.terms[to.count++] = {tiles_of(small_b_tiles[p], s, f.rank), f.rank, nullptr, &factor};
+  }
+
+  // Their sum for columns [c0, c0 + nc); `spare` is not read where all is computed in one type.
+  void multiply(const Addends& a, const Segment& s, int c0, int nc, float* out, float* spare,
+                const Plan::ThreadBuffers& b) const {
+    float* bf16 = a.count8 > 0 ? spare : out;
+    if (a.count8 > 0) plan.kernels.gemm8({Side::right, a.terms8, a.count8, s.rows, c0, nc, out, nc, b.gemm});
+    if (a.count > 0) plan.kernels.gemm({Side::right, a.terms, a.count, s.rows, c0, nc, bf16, nc, b.gemm});
+    if (a.count == 0 || a.count8 == 0) return;
+    for (int64_t i = 0; i < int64_t{s.rows} * nc; ++i) out[i] += bf16[i];
   }
 
   // What a node adds to Z before the last turn.
   void z_part(const Segment& s, const ColumnTask& t, bool first, const Plan::ThreadBuffers& b) const {
-    const NodeRows down = rows_of_node(plan.weights.matrix(s.expert, kDown), t.node, plan.nodes);
-    const GemmTerm term = node_term(dout, s, hidden(), down);
-    plan.kernels.gemm({Side::right, &term, 1, s.rows, t.c0, t.nc, b.rows[0], t.nc, b.gemm});
+    Addends base;
+    add_weights(s, kDown, t.node, base);
+    multiply(base, s, t.c0, t.nc, b.rows[0], b.rows[2], b);
     for (int r = 0; r < s.rows; ++r) {
       const float* from = b.rows[0] + r * t.nc;
       float* to = z_sum + (wave_row(s) + r) * intermediate() + t.c0;
@@ -140,21 +205,17 @@ struct Backward {
     const int c0 = t.c0, nc = t.nc;
     const LoraFactors& f = factors(kDown);
     const Lora& l = plan.call.lora;
-    const NodeRows down = rows_of_node(plan.weights.matrix(s.expert, kDown), t.node, plan.nodes);
-    DenseView factor;
-    GemmTerm terms[2] = {node_term(dout, s, hidden(), down), {}};
-    if (f.rank > 0) {
-      factor = factor_a(f, s.expert, intermediate(), Reduce::rank);
-      terms[1] = {tiles_of(small_b_tiles[kDown], s, f.rank), f.rank, nullptr, &factor};
-    }
     const bool apart = f.rank > 0 && l.down_keep != nullptr;
-    plan.kernels.gemm({Side::right, terms, f.rank > 0 && !apart ? 2 : 1, s.rows, c0, nc, b.rows[0], nc, b.gemm});
+    Addends base, dropped;
+    add_weights(s, kDown, t.node, base);
+    if (f.rank > 0) add_adapter(s, kDown, apart ? dropped : base);
+    multiply(base, s, c0, nc, b.rows[0], b.rows[2], b);
     for (int r = 0; r < s.rows && z_sum != nullptr; ++r) {
       const float* from = z_sum + (wave_row(s) + r) * intermediate() + c0;
       for (int c = 0; c < nc; ++c) b.rows[0][r * nc + c] += from[c];
     }
     if (!apart) return;
-    plan.kernels.gemm({Side::right, terms + 1, 1, s.rows, c0, nc, b.rows[1], nc, b.gemm});
+    multiply(dropped, s, c0, nc, b.rows[1], b.rows[2], b);
     for (int r = 0; r < s.rows; ++r) {
       const uint8_t* keep = l.down_keep + int64_t{plan.order[s.row0 + r]} * intermediate() + c0;
       for (int c = 0; c < nc; ++c) b.rows[0][r * nc + c] += keep[c] ? l.keep_scale * b.rows[1][r * nc + c] : 0.0f;
@@ -194,8 +255,14 @@ struct Backward {
                                      b.rows[2] + r * nc, dw_parts + (wave_row(s) + r) * parts + c0 / kBlock);
     for (int p : {kGate, kUp}) {
       const DenseView view{b.rows[1 + p], true, nc, 1};
-      plan.kernels.pack({Side::right, view, 0, s.rows, 0, nc,
-                         tiles_of(dgate_up[p], s, F) + c0 / kTileSteps * plan.kernels.tile_bytes, f_tiles});
+      if (!plan.gradient_in_int8(s) || factors(p).rank > 0)
+        plan.kernels.pack({Side::right, view, 0, s.rows, 0, nc,
+                           tiles_of(dgate_up[p], s, F) + c0 / kTileSteps * plan.kernels.tile_bytes, f_tiles});
+      if (plan.gradient_in_int8(s) && folded_ahead(p)) {
+        const PackedMatrix w = plan.weights.matrix(s.expert, static_cast<Projection>(p));
+        const PackedMatrix fold = w.block_rows(c0 / kBlock, w.row_blocks());
+        dgate_up8[p].quantize(plan.kernels, s.tile0, c0, view, 0, s.rows, nc, &fold);
+      }
       if (dgate_up_rows[p] == nullptr) continue;
       uint16_t* rows = dgate_up_rows[p] + wave_row(s) * F + c0;
       for (int r = 0; r < s.rows; ++r) plan.kernels.to_bf16(b.rows[1 + p] + r * nc, nc, rows + int64_t{r} * F);
@@ -234,20 +301,13 @@ struct Backward {
     const int c0 = t.c0, nc = t.nc;
     for (int i = wave.begin; i < wave.end; ++i) {
       const Segment& s = plan.segments[i];
-      NodeRows rows[2];
-      DenseView factor[2];
-      GemmTerm terms[4];
-      int n = 0;
+      Addends sum;
       for (int p : {kGate, kUp}) {
-        const LoraFactors& f = factors(p);
-        rows[p] = rows_of_node(plan.weights.matrix(s.expert, static_cast<Projection>(p)), t.node, plan.nodes);
-        if (base) terms[n++] = node_term(dgate_up[p], s, intermediate(), rows[p]);
-        if (!adapters || f.rank == 0) continue;
-        factor[p] = factor_a(f, s.expert, hidden(), Reduce::rank);
-        terms[n++] = {tiles_of(small_b_tiles[p], s, f.rank), f.rank, nullptr, &factor[p]};
+        if (base) add_weights(s, p, t.node, sum);
+        if (adapters && factors(p).rank > 0) add_adapter(s, p, sum);
       }
-      if (n == 0) return;
-      plan.kernels.gemm({Side::right, terms, n, s.rows, c0, nc, b.rows[0], nc, b.gemm});
+      if (sum.count + sum.count8 == 0) return;
+      multiply(sum, s, c0, nc, b.rows[0], b.rows[1], b);
       for (int r = 0; r < s.rows; ++r) {
         const float* from = b.rows[0] + r * nc;
         float* to = grad + int64_t{plan.token[s.row0 + r]} * hidden() + c0;
@@ -424,15 +484,17 @@ struct Backward {
     const int D = hidden();
     if (recompute || (lora && !saved)) gate_up.prepare(plan, wave);
     if (recompute) recompute_gate_up(wave);
-    pack_tokens(plan, wave, Side::right, grads.grad_out, D, dout);
+    pack_tokens(plan, wave, Side::right, grads.grad_out, D, dout, int8() && factors(kDown).rank == 0);
+    if (folded_ahead(kDown)) quantize_tokens(plan, wave, grads.grad_out, D, dout8, kDown);
     if (factors(kDown).rank > 0)
       for_segments(wave, [&](const Segment& s, const Plan::ThreadBuffers& b) { small_product(kDown, s, dout, D, b); });
     for (int turn = 0; turn + 1 < plan.nodes; ++turn)
-      for_columns(wave, intermediate(), turn, [&](const Segment& s, const ColumnTask& t, const Plan::ThreadBuffers& b) {
+      for_gradient_columns(wave, turn, [&](const Segment& s, const ColumnTask& t, const Plan::ThreadBuffers& b) {
         z_part(s, t, turn == 0, b);
       });
-    for_columns(wave, intermediate(), plan.nodes - 1,
-                [&](const Segment& s, const ColumnTask& t, const Plan::ThreadBuffers& b) { gradient_block(s, t, b); });
+    for_gradient_columns(wave, plan.nodes - 1, [&](const Segment& s, const ColumnTask& t, const Plan::ThreadBuffers& b) {
+      gradient_block(s, t, b);
+    });
     weight_gradients(wave);
     if (lora) lora_products(wave);
     const bool apart = plan.call.lora.x != nullptr;

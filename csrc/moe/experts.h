@@ -63,8 +63,9 @@ struct Lora {
   bool any() const { return input_rank() + factors[kDown].rank > 0; }
 };
 
-// Of the forward products: bf16 (codes decoded to bf16) or int8 (int8 codes as they are, activations quantised in
-// groups of columns; needs format int8 and an ISA with int8 dot products). Gradients are always computed in bf16.
+// Of the products with packed weights: bf16 (codes decoded to bf16) or int8 (int8 codes as they are, activations, or
+// gradients with the codes' scales folded in, quantised in groups of columns; needs format int8 and an ISA with int8 dot
+// products). Adapters and their gradients are always computed in bf16.
 enum class Compute { bf16, int8 };
 
 struct LayerCall {
@@ -74,7 +75,8 @@ struct LayerCall {
   const int64_t* ids;    // (T, K), checked by the caller; -1: this slot is left out
   const float* weights;  // (T, K)
   Lora lora;
-  Compute compute = Compute::bf16;
+  Compute compute = Compute::bf16;           // of the forward products, also where backward recomputes them
+  Compute gradient_compute = Compute::bf16;  // of Z and dX
   uint16_t* gate =
       nullptr;  // (N, F) bf16, rows sorted by expert: written by forward, read by backward; null: recompute
   uint16_t* up = nullptr;

@@ -21,21 +21,30 @@ struct Int8Rows {
   }
 
   // Rows [row0, row0 + rows) of `view` become columns [c0, c0 + nc) of the rows from `row_tile` on; c0 starts a group.
-  void quantize(const KernelTable& kernels, int64_t row_tile, int c0, const DenseView& view, int row0, int rows,
-                int nc) const {
+  // With `fold` they are multiplied by the scales of its rows first, the first of which belongs to column c0.
+  void quantize(const KernelTable& kernels, int64_t row_tile, int c0, const DenseView& view, int row0, int rows, int nc,
+                const PackedMatrix* fold = nullptr) const {
     const int64_t row = row_tile * kTileRows;
     kernels.quantize_rows({view, row0, rows, nc, group, tiles + (row_tile * q_tiles + c0 / kSteps8) * kTile8Bytes,
                            q_tiles, scales + row * groups + c0 / group, sums + row * q_tiles + c0 / kSteps8, groups,
-                           q_tiles});
+                           q_tiles, fold});
   }
 
-  // out[m][c - c0] = sum_q row[m][q] W[c][q] for the rows from `row_tile` on.
-  void multiply(const KernelTable& kernels, int64_t row_tile, const PackedMatrix& weights, int m, int c0, int nc,
-                float* out, int64_t ldo, void* scratch) const {
+  // Columns from q0 on, which starts a group, of the rows from `row_tile` on, times weights.
+  Gemm8Term term(int64_t row_tile, const PackedMatrix& weights, int q0, int q) const {
     const int64_t row = row_tile * kTileRows;
-    kernels.gemm8({tiles + row_tile * q_tiles * kTile8Bytes, scales + row * groups, sums + row * q_tiles, width, group,
-                   &weights, m, c0, nc, out, ldo, scratch});
+    return {tiles + (row_tile * q_tiles + q0 / kSteps8) * kTile8Bytes,
+            scales + row * groups + q0 / group,
+            sums + row * q_tiles + q0 / kSteps8,
+            q_tiles,
+            groups,
+            q,
+            group,
+            &weights};
   }
 };
+
+// Whether each row has one scale, which can be folded into a gradient once for all columns.
+inline bool per_channel(const PackedMatrix& weights) { return weights.plane_groups(0) == 1; }
 
 }  // namespace kt_sft

@@ -143,7 +143,8 @@ void segment_product(const Plan& plan, const Plan::ThreadBuffers& buffers, const
     plan.kernels.gemm({Side::left, terms, adapted ? 2 : 1, s.rows, c0, nc, p.out, nc, buffers.gemm});
     return;
   }
-  p.act8.multiply(plan.kernels, s.tile0, p.packed, s.rows, c0, nc, p.out, nc, buffers.gemm);
+  const Gemm8Term base = p.act8.term(s.tile0, p.packed, 0, p.q);
+  plan.kernels.gemm8({Side::left, &base, 1, s.rows, c0, nc, p.out, nc, buffers.gemm});
   if (!adapted) return;
   plan.kernels.gemm({Side::left, p.adapter, 1, s.rows, c0, nc, p.spare, nc, buffers.gemm});
   for (int64_t i = 0; i < int64_t{s.rows} * nc; ++i) p.out[i] += p.spare[i];
@@ -155,34 +156,34 @@ void add_bias(const float* bias, int c0, int nc, int rows, float* to) {
     for (int c = 0; c < nc; ++c) to[r * nc + c] += bias[c0 + c];
 }
 
-void pack_tokens(const Plan& plan, const Wave& wave, Side side, const uint16_t* matrix, int width, void* tiles) {
+void pack_tokens(const Plan& plan, const Wave& wave, Side side, const uint16_t* matrix, int width, void* tiles,
+                 bool few_rows_only) {
   constexpr int kRowsPerTask = 4 * kTileRows;
   constexpr int kTasks = kMaxRows / kRowsPerTask;
   const int64_t q_tiles = ceil_div(width, kTileSteps);
   parallel_for(int64_t{wave.end - wave.begin} * kTasks, [&](int64_t task, int) {
     const Segment& s = plan.segments[wave.begin + task / kTasks];
     const int row = static_cast<int>(task % kTasks) * kRowsPerTask;
-    if (row >= s.rows) return;
+    if (row >= s.rows || (few_rows_only && s.rows > kSkinnyRows)) return;
     const DenseView view{matrix, false, width, 1, plan.token + s.row0};
     plan.kernels.pack({side, view, row, std::min(kRowsPerTask, s.rows - row), 0, width,
                        plan.tile(tiles, s.tile0 + row / kTileRows, q_tiles), q_tiles});
   });
 }
 
-namespace {
-
-void quantize_tokens(const Plan& plan, const Wave& wave, const uint16_t* matrix, int width, const Int8Rows& rows) {
+void quantize_tokens(const Plan& plan, const Wave& wave, const uint16_t* matrix, int width, const Int8Rows& rows,
+                     int folded) {
   constexpr int kTasks = kMaxRows / kTileRows;
   parallel_for(int64_t{wave.end - wave.begin} * kTasks, [&](int64_t task, int) {
     const Segment& s = plan.segments[wave.begin + task / kTasks];
     const int tile = static_cast<int>(task % kTasks), row = tile * kTileRows;
-    if (row >= s.rows || !plan.in_int8(s)) return;
+    if (row >= s.rows || s.rows <= kSkinnyRows) return;
+    PackedMatrix weights;
+    if (folded >= 0) weights = plan.weights.matrix(s.expert, static_cast<Projection>(folded));
     rows.quantize(plan.kernels, s.tile0 + tile, 0, {matrix, false, width, 1, plan.token}, s.row0 + row,
-                  std::min(kTileRows, s.rows - row), width);
+                  std::min(kTileRows, s.rows - row), width, folded >= 0 ? &weights : nullptr);
   });
 }
-
-}  // namespace
 
 void GateUpBuffers::take(const Plan& plan, Workspace& workspace) {
   const Lora& lora = plan.call.lora;
@@ -199,10 +200,11 @@ void GateUpBuffers::take(const Plan& plan, Workspace& workspace) {
 void GateUpBuffers::prepare(const Plan& plan, const Wave& wave) const {
   const Lora& lora = plan.call.lora;
   const int D = plan.weights.hidden;
-  pack_tokens(plan, wave, Side::left, plan.call.x, D, x);
+  const bool adapted = lora.factors[kGate].rank + lora.factors[kUp].rank > 0;
+  pack_tokens(plan, wave, Side::left, plan.call.x, D, x, plan.int8() && !(adapted && x_lora == x));
   if (plan.int8()) quantize_tokens(plan, wave, plan.call.x, D, x8);
   if (lora.x != nullptr) pack_tokens(plan, wave, Side::left, lora.x, D, x_lora);
-  if (lora.factors[kGate].rank + lora.factors[kUp].rank == 0) return;
+  if (!adapted) return;
   parallel_for(int64_t{wave.end - wave.begin} * 2, [&](int64_t task, int thread) {
     const Segment& s = plan.segments[wave.begin + task / 2];
     const LoraFactors& f = lora.factors[task % 2];

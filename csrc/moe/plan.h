@@ -56,6 +56,7 @@ struct Plan {
   bool int8() const { return call.compute == Compute::int8; }
   // Products of a few rows are bound by the codes and need no quantised activations.
   bool in_int8(const Segment& s) const { return int8() && s.rows > kSkinnyRows; }
+  bool gradient_in_int8(const Segment& s) const { return call.gradient_compute == Compute::int8 && s.rows > kSkinnyRows; }
   float routing_weight(int sorted_row) const { return call.weights[order[sorted_row]]; }
 };
 
@@ -90,9 +91,12 @@ struct NodeRows {
   int begin;
   PackedMatrix packed;
 };
-inline NodeRows rows_of_node(const PackedMatrix& packed, int node, int nodes) {
-  const NodeTasks blocks = split_over_nodes(packed.row_blocks(), nodes);
-  const int begin = static_cast<int>(blocks.begin(node)), end = static_cast<int>(blocks.end[node]);
+// They begin at a multiple of `unit`, which is one of kBlock: a block row that this moves is read from another node.
+inline NodeRows rows_of_node(const PackedMatrix& packed, int node, int nodes, int unit = kBlock) {
+  const int blocks = unit / kBlock, all = packed.row_blocks();
+  const NodeTasks units = split_over_nodes(ceil_div(all, blocks), nodes);
+  const auto block = [&](int64_t at) { return static_cast<int>(at) * blocks < all ? static_cast<int>(at) * blocks : all; };
+  const int begin = block(units.begin(node)), end = block(units.end[node]);
   return {begin * kBlock, packed.block_rows(begin, end)};
 }
 
@@ -149,7 +153,11 @@ void segment_product(const Plan& plan, const Plan::ThreadBuffers& buffers, const
 // rows[r][c] += bias[c0 + c] for rows of leading dimension nc; nothing if bias is null.
 void add_bias(const float* bias, int c0, int nc, int rows, float* to);
 
-// Packs gathered rows of a (T, width) bf16 matrix for every segment of the wave.
-void pack_tokens(const Plan& plan, const Wave& wave, Side side, const uint16_t* matrix, int width, void* tiles);
+// Packs gathered rows of a (T, width) bf16 matrix for every segment of the wave, or only for those of few rows.
+void pack_tokens(const Plan& plan, const Wave& wave, Side side, const uint16_t* matrix, int width, void* tiles,
+                 bool few_rows_only = false);
+// Quantises them for every segment of more rows; folded: a projection whose scales of rows are multiplied in, or -1.
+void quantize_tokens(const Plan& plan, const Wave& wave, const uint16_t* matrix, int width, const Int8Rows& rows,
+                     int folded = -1);
 
 }  // namespace kt_sft

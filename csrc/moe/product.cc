@@ -37,10 +37,11 @@ void packed_product(const PackedMatrix& weights, Side side, const uint16_t* act,
   });
 }
 
-void packed_product8(const PackedMatrix& weights, const uint16_t* act, int64_t m, int group, float* out) {
+void packed_product8(const PackedMatrix& weights, Side side, const uint16_t* act, int64_t m, int group, float* out) {
   const KernelTable& kernels = kt_sft::kernels();
-  const int q = weights.cols, c = weights.rows;
+  const int q = side == Side::left ? weights.cols : weights.rows, c = side == Side::left ? weights.rows : weights.cols;
   const int64_t row_steps = ceil_div(m, kMaxRows), column_steps = ceil_div(c, kMaxCols);
+  const bool ahead = side == Side::left || per_channel(weights);  // quantised before, or in the driver
   Workspace workspace;
   Int8Rows rows;
   char* scratch = nullptr;
@@ -51,16 +52,18 @@ void packed_product8(const PackedMatrix& weights, const uint16_t* act, int64_t m
   take();
   workspace.reserve();
   take();
-  parallel_for(ceil_div(m, kTileRows), [&](int64_t tile, int) {
+  parallel_for(ahead ? ceil_div(m, kTileRows) : 0, [&](int64_t tile, int) {
     const int count = static_cast<int>(std::min<int64_t>(kTileRows, m - tile * kTileRows));
-    rows.quantize(kernels, tile, 0, {act, false, q, 1}, static_cast<int>(tile) * kTileRows, count, q);
+    rows.quantize(kernels, tile, 0, {act, false, q, 1}, static_cast<int>(tile) * kTileRows, count, q,
+                  side == Side::right ? &weights : nullptr);
   });
   parallel_for(row_steps * column_steps, [&](int64_t task, int thread) {
     const int64_t row = task / column_steps * kMaxRows;
     const int c0 = static_cast<int>(task % column_steps) * kMaxCols;
-    rows.multiply(kernels, row / kTileRows, weights, static_cast<int>(std::min<int64_t>(kMaxRows, m - row)), c0,
-                  std::min(kMaxCols, c - c0), out + row * c + c0, c,
-                  scratch + round_up(kernels.gemm_scratch_bytes, 64) * thread);
+    Gemm8Term term = rows.term(row / kTileRows, weights, 0, q);
+    if (!ahead) term.rows = {act + row * q, false, q, 1};
+    kernels.gemm8({side, &term, 1, static_cast<int>(std::min<int64_t>(kMaxRows, m - row)), c0, std::min(kMaxCols, c - c0),
+                   out + row * c + c0, c, scratch + round_up(kernels.gemm_scratch_bytes, 64) * thread});
   });
 }
 

@@ -8,7 +8,8 @@ namespace kt_sft {
 // act bf16 row-major, out fp32 row-major, overwritten.
 void packed_product(const PackedMatrix& weights, Side side, const uint16_t* act, int64_t m, float* out);
 
-// The forward product with the activations quantised in groups: native int8. Throws if the ISA has none.
-void packed_product8(const PackedMatrix& weights, const uint16_t* act, int64_t m, int group, float* out);
+// The same in native int8, with the activations quantised in groups; of Side::right after W's scales were folded into
+// them. The ISA must have int8 products.
+void packed_product8(const PackedMatrix& weights, Side side, const uint16_t* act, int64_t m, int group, float* out);
 
 }  // namespace kt_sft

@@ -49,7 +49,8 @@ class Request:
     def header(self) -> Header:
         job = self.job
         shapes = [(name, list(job.lora[name].shape), str(job.lora[name].dtype)) for name in factor_names(job.lora)]
-        settings = [job.lora.get("scaling"), "x" in job.lora, "down_keep" in job.lora, job.retain, job.int8]
+        settings = [job.lora.get("scaling"), "x" in job.lora, "down_keep" in job.lora, job.retain]
+        settings += [job.int8, job.int8_gradients]
         text = json.dumps([job.x.shape[1], job.ids.shape[1], shapes, settings])
         waited = int((time.monotonic() - self.since) * 1e6)
         tokens, signature = job.x.shape[0], zlib.crc32(text.encode())

@@ -40,6 +40,7 @@ class Job:
     weights: Tensor  # (tokens, K) fp32
     lora: dict[str, Any]
     int8: bool
+    int8_gradients: bool = False
     retain: bool = False
     kept: Tensor | None = None  # Result.kept of the forward pass, if that was the same exchange
     grad_out: Tensor | None = None  # (tokens, D) bf16: a backward pass
@@ -147,7 +148,7 @@ def _backward(job: Job, share: _Share, partials: list[Tensor]) -> dict[str, Tens
     gate, up = _gate_up(job.kept)
     assert share.grad_out is not None
     native.backward(
-        *job.packed.native_args(), share.x, share.ids, share.weights, {**share.lora, **held}, gate, up, job.int8,
-        share.grad_out, grad_x, grad_x_lora[0] if grad_x_lora else None, grad_weights,
+        *job.packed.native_args(), share.x, share.ids, share.weights, {**share.lora, **held}, gate, up,
+        job.int8, job.int8_gradients, share.grad_out, grad_x, grad_x_lora[0] if grad_x_lora else None, grad_weights,
     )  # fmt: skip
     return grads

@@ -174,6 +174,7 @@ def swap_experts(
             has_bias=spec.has_bias,
             activation_policy=config.activation_policy,
             compute_type=config.compute_type,
+            gradient_compute_type=config.gradient_compute_type,
             dtype=spec.dtype,
         )
         model.set_submodule(path, experts)

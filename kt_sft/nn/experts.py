@@ -119,6 +119,7 @@ class KtExperts(nn.Module):
         has_bias: bool = False,
         activation_policy: str = "retain",
         compute_type: str = "bf16",
+        gradient_compute_type: str = "bf16",
         dtype: torch.dtype = torch.float32,
     ) -> None:
         """``block_name`` is what checkpoints call the parent module, e.g. Mixtral's ``block_sparse_moe``.
@@ -130,6 +131,7 @@ class KtExperts(nn.Module):
         self.names, self.block_name, self.fused = names, block_name, fused
         self.activation, self.has_bias = activation, has_bias
         self.activation_policy, self.compute_type = activation_policy, compute_type
+        self.gradient_compute_type = gradient_compute_type
         self._shared = _Shared()
         E, D, F = num_experts, hidden_size, intermediate_size
         for name, (inputs, outputs) in zip(names, ((D, F), (D, F), (F, D)), strict=True):
@@ -186,6 +188,7 @@ class KtExperts(nn.Module):
             self._lora(),
             activation_policy=self.activation_policy,
             compute_type=self.compute_type,
+            gradient_compute_type=self.gradient_compute_type,
             kernels=kernels or self._kernels(hidden_states),
         )
         return out_TD.view(hidden_states.shape)
@@ -224,6 +227,7 @@ class KtExperts(nn.Module):
             self._lora(),
             activation_policy=self.activation_policy,
             compute_type=self.compute_type,
+            gradient_compute_type=self.gradient_compute_type,
             kernels=self._kernels(hidden_states),
         )
 

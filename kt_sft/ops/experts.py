@@ -94,6 +94,17 @@ def _computes_in_int8(packed: PackedExperts, compute_type: str) -> bool:
     return True
 
 
+def _gradients_in_int8(compute_type: str, gradient_compute_type: str) -> bool:
+    if gradient_compute_type not in ("bf16", "int8"):
+        raise ValueError(f"gradient_compute_type: expected bf16 or int8, got {gradient_compute_type!r}")
+    if gradient_compute_type == "int8" and compute_type != "int8":
+        raise ValueError(
+            f"gradient_compute_type: int8 goes with compute_type int8 only, got compute_type {compute_type}; "
+            "set both to int8, or gradient_compute_type to bf16"
+        )
+    return gradient_compute_type == "int8"
+
+
 class Arguments(NamedTuple):
     """Of one call, checked: what it is, and the tensors that autograd follows."""
 
@@ -110,6 +121,7 @@ def checked_arguments(
     *,
     activation_policy: str = "retain",
     compute_type: str = "bf16",
+    gradient_compute_type: str = "bf16",
     kernels: Kernels = LOCAL,
 ) -> Arguments:
     """Check what :func:`moe_experts` takes and draw its dropout. Raises ValueError."""
@@ -129,7 +141,8 @@ def checked_arguments(
     )
     retain = differentiable and activation_policy == "retain"
     int8 = _computes_in_int8(packed, compute_type)
-    call = Call(packed, tuple(factors), settings, differentiable, retain, int8, kernels)
+    int8_gradients = _gradients_in_int8(compute_type, gradient_compute_type)
+    call = Call(packed, tuple(factors), settings, differentiable, retain, int8, int8_gradients, kernels)
     return Arguments(call, (hidden_states, topk_ids, topk_weights, x_lora, *factors.values()))
 
 
@@ -167,6 +180,7 @@ def moe_experts(
     *,
     activation_policy: str = "retain",
     compute_type: str = "bf16",
+    gradient_compute_type: str = "bf16",
     kernels: Kernels = LOCAL,
 ) -> Tensor:
     """Routed experts of one layer; differentiable in hidden_states, topk_weights and all LoRA factors.
@@ -175,9 +189,11 @@ def moe_experts(
     the dtype and device of hidden_states. Products take bf16 inputs and accumulate in fp32; the top-k combination is
     fp32. ``activation_policy`` retain keeps gate and up (2F bf16 values per routed row) for backward; recompute keeps
     the hidden states only. ``compute_type`` int8 computes the forward products on int8 codes, with the hidden states
-    quantised per row and 256 columns, silu(gate) * up per row and 128 columns; gradients stay in bf16.
-    Raises ValueError on shapes, dtypes, devices or expert ids that do not fit, and on a compute_type that this CPU or
-    these weights do not allow.
+    quantised per row and 256 columns, silu(gate) * up per row and 128 columns. ``gradient_compute_type`` int8, which needs
+    the former, does the same for the gradients of hidden_states and topk_weights, quantised likewise after the weights'
+    scales were multiplied in; the adapters' terms and gradients stay in bf16. Where an expert has 4 rows or fewer, all
+    products are bf16. Raises ValueError on shapes, dtypes, devices or expert ids that do not fit, and on a compute type
+    that this CPU or these weights do not allow.
     """
     call, tensors = checked_arguments(
         hidden_states,
@@ -187,6 +203,7 @@ def moe_experts(
         lora,
         activation_policy=activation_policy,
         compute_type=compute_type,
+        gradient_compute_type=gradient_compute_type,
         kernels=kernels,
     )
     keep_openmp_from_spinning()

@@ -26,7 +26,8 @@ class Inputs(NamedTuple):
     ids: Tensor  # (T, K) int64
     weights: Tensor  # (T, K) fp32
     lora: dict[str, Any]
-    int8: bool
+    int8: bool  # forward products in int8
+    int8_gradients: bool = False  # and those of the gradients of x and weights
 
 
 class Kernels(Protocol):
@@ -46,7 +47,7 @@ class LocalKernels:
     """Every expert in this process."""
 
     def forward(self, inputs: Inputs, retain: bool) -> tuple[Tensor, Kept]:
-        packed, x, ids, weights, lora, int8 = inputs
+        packed, x, ids, weights, lora, int8, _ = inputs
         gate = up = low_rank = None
         if retain:
             rows = (ids.numel(), packed.intermediate_size)
@@ -61,7 +62,7 @@ class LocalKernels:
     def backward(
         self, inputs: Inputs, kept: Kept, grad_out: Tensor
     ) -> tuple[Tensor, Tensor, Tensor | None, dict[str, Tensor]]:
-        packed, x, ids, weights, lora, int8 = inputs
+        packed, x, ids, weights, lora, int8, int8_gradients = inputs
         grads = {name: memory.recycled(lora[name].shape, torch.float32) for name in factor_names(lora)}
         grad_x, grad_weights = memory.empty(x.shape, torch.float32), memory.empty(weights.shape, torch.float32)
         grad_x_lora = memory.empty(x.shape, torch.float32) if "x" in lora else None
@@ -70,7 +71,7 @@ class LocalKernels:
             lora = {**lora, "low_rank": low_rank}
         arguments = {**lora, **{f"grad_{name}": grad for name, grad in grads.items()}}
         native.backward(
-            *packed.native_args(), x, ids, weights, arguments, gate, up, int8,
+            *packed.native_args(), x, ids, weights, arguments, gate, up, int8, int8_gradients,
             grad_out, grad_x, grad_x_lora, grad_weights,
         )  # fmt: skip
         return grad_x, grad_weights, grad_x_lora, grads

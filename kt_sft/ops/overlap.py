@@ -143,6 +143,7 @@ def submit_experts(
     *,
     activation_policy: str = "retain",
     compute_type: str = "bf16",
+    gradient_compute_type: str = "bf16",
     kernels: Kernels = LOCAL,
 ) -> PendingExperts:
     """Start :func:`moe_experts` with these arguments and return at once; ``wait()`` gives its output.
@@ -159,6 +160,7 @@ def submit_experts(
         lora,
         activation_policy=activation_policy,
         compute_type=compute_type,
+        gradient_compute_type=gradient_compute_type,
         kernels=kernels,
     )
     keep_openmp_from_spinning()

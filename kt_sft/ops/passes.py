@@ -26,6 +26,7 @@ class Call(NamedTuple):
     differentiable: bool
     retain: bool  # keep gate and up for backward
     int8: bool  # forward products in int8
+    int8_gradients: bool  # and those of the gradients of hidden states and routing weights
     kernels: Kernels = LOCAL
 
 
@@ -64,7 +65,7 @@ class Forward:
     def run(self) -> Tensor:
         call = self.call
         self.transfer.wait()
-        inputs = Inputs(call.packed, self._x, self._ids, self._weights, self._lora, call.int8)
+        inputs = Inputs(call.packed, self._x, self._ids, self._weights, self._lora, call.int8, call.int8_gradients)
         out_TD, self._kept = call.kernels.forward(inputs, call.retain)
         out_TD = self.transfer.to_device(out_TD, *self._target)
         self.transfer.sent()
@@ -98,7 +99,7 @@ class Backward:
         assert x is not None and ids is not None and weights is not None
         lora = self._lora if x_lora is None else {**self._lora, "x": x_lora}
         self.transfer.wait()
-        inputs = Inputs(self.call.packed, x, ids, weights, lora, self.call.int8)
+        inputs = Inputs(self.call.packed, x, ids, weights, lora, self.call.int8, self.call.int8_gradients)
         grad_x_TD, grad_weights_TK, grad_x_lora_TD, factor_grads = self.call.kernels.backward(
             inputs, (gate, up, low_rank), self._grad_out
         )

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from kt_sft import native
-from kt_sft.ops import moe_experts, pack_experts
+from kt_sft.ops import ExpertsLora, moe_experts, pack_experts
 from kt_sft.ops.layout import QUANTISED
 from kt_sft.ops.packed import PackedExperts
 from tests.conftest import rms_ratio
@@ -84,6 +84,25 @@ def test_int8_products_on_nodes(F: int):
         with torch.no_grad():
             results.append(moe_experts(layer.x, layer.ids, layer.weights, layer.packed, compute_type="int8"))
     assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
+
+
+@pytest.mark.parametrize("group", [0, 64])
+@pytest.mark.parametrize("D, F", [(96, 128), (600, 416), (530, 200)])
+def test_int8_gradients_on_nodes(D: int, F: int, group: int):
+    if not native.computes_int8():
+        pytest.skip(f"{native.isa()} has no int8 products")
+    layer = Case(E=2, D=D, F=F, group=group)
+    lora = ExpertsLora(**layer.factors)
+    results = []
+    for count in (1, 2, 4):
+        native.set_nodes([[]] * count)
+        out = moe_experts(
+            layer.x, layer.ids, layer.weights, layer.packed, lora, compute_type="int8", gradient_compute_type="int8"
+        )
+        grads = torch.autograd.grad(out, list(layer.inputs().values()), layer.grad_out)
+        results.append(dict(zip(layer.inputs(), grads, strict=True)))
+    assert_reordered(results[1], results[0])
+    assert_reordered(results[2], results[0])
 
 
 def test_every_column_is_computed_once_whatever_the_sizes():
