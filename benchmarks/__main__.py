@@ -29,7 +29,8 @@ from benchmarks.report import TABLES, Report, limit_rows, markdown, rich_table, 
 from benchmarks.shapes import ROUTINGS
 from kt_sft import native
 
-OURS = ["bf16", "int8", "int4", "fp8", "mxfp4", "int8*int8", "int8+lora8", "int8+lora16", "int8+lora64", "fp8+lora16"]
+OURS = ["bf16", "int8", "int4", "fp8", "mxfp4", "int8*int8", "int8*int8+grad8"]
+OURS += ["int8+lora8", "int8+lora16", "int8+lora64", "fp8+lora16"]
 TORCH = ["torch loop", "torch grouped_mm", "onednn prepacked", "torch int_mm"]
 KT = ["kt bf16", "kt int8", "kt int4", "kt fp8", "kt rawint4", "kt mxfp4", "kt bf16 no lora", "kt int8 no lora"]
 TOKENS = [1, 8, 64, 256, 1024, 2048]
@@ -157,7 +158,8 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, help="per point (default: 0.6; quick: 0.3)")
     args = parser.parse_args()
     args.whole = not (args.quick or args.rows or args.tokens)
-    quick_rows = ["bf16", "int8", "int4", "int8*int8", "int8+lora16", "torch grouped_mm", "onednn prepacked"]
+    quick_rows = ["bf16", "int8", "int4", "int8*int8", "int8*int8+grad8", "int8+lora16"]
+    quick_rows += ["torch grouped_mm", "onednn prepacked"]
     rows = args.rows.split(",") if args.rows else None
     args.rows = rows or (quick_rows if args.quick else [*OURS, *TORCH, *KT])
     quick_tokens = [1, 8, 256, 2048]

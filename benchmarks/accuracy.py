@@ -23,7 +23,7 @@ from kt_sft.ops.reference import moe_experts_reference
 
 SHAPE = Shape("Qwen3-30B-A3B", 128, 8, 2048, 768, used=16)
 TOKENS = 64
-ROWS = ("bf16", "bf16+lora16", "int8", "int8+lora16", "int8*int8", "int4", "int4+lora16")
+ROWS = ("bf16", "bf16+lora16", "int8", "int8+lora16", "int8*int8", "int8*int8+grad8", "int4", "int4+lora16")
 # forward, gradient of the hidden states, gradients of the factors (None: no limit of its own)
 LIMITS: dict[tuple[str, str], tuple[float, float, float | None]] = {
     ("bf16", "bf16"): (0.005, 0.007, 0.005),

@@ -1,6 +1,7 @@
-"""Our rows. A name is a weight format, with ``*int8`` for native int8 products and ``+lora16`` for adapters of a rank.
+"""Our rows. A name is a weight format, with ``*int8`` for native int8 products, ``+grad8`` for those of the gradients,
+too, and ``+lora16`` for adapters of a rank.
 
-    bf16   int8   int4   fp8   mxfp4   int8*int8   int8+lora16   int8*int8+lora64
+    bf16   int8   int4   fp8   mxfp4   int8*int8   int8*int8+grad8   int8+lora16   int8*int8+grad8+lora64
 
 What every row offers, here and in the peers: ``forward(x, ids, weights, record)``, ``backward(grad_out)`` of the last
 recorded forward, ``weight_bytes``, ``tolerance`` of its results against float32, and ``expert(e)``: the weights that it
@@ -28,7 +29,7 @@ from kt_sft.weights.packed_form import pack
 from kt_sft.weights.quantized import QuantizedWeight
 
 Matrices = tuple[Tensor, ...]
-NAME = re.compile(r"(bf16|int8|int4|fp8|mxfp4)(\*int8)?(?:\+lora(\d+))?")
+NAME = re.compile(r"(bf16|int8|int4|fp8|mxfp4)(\*int8(\+grad8)?)?(?:\+lora(\d+))?")
 
 
 class Row(NamedTuple):
@@ -37,6 +38,7 @@ class Row(NamedTuple):
     weight_format: str
     compute: str
     rank: int
+    gradient_compute: str = "bf16"
 
 
 def parse(name: str) -> Row:
@@ -44,8 +46,8 @@ def parse(name: str) -> Row:
     match = NAME.fullmatch(name)
     if match is None:
         raise ValueError(f"row: expected a name like int8, int8*int8 or int8+lora16, got {name!r}")
-    weight_format, compute, rank = match.groups()
-    return Row(weight_format, "int8" if compute else "bf16", int(rank or 0))
+    weight_format, compute, gradients, rank = match.groups()
+    return Row(weight_format, "int8" if compute else "bf16", int(rank or 0), "int8" if gradients else "bf16")
 
 
 def make_lora(shape: Shape, rank: int) -> ExpertsLora:
@@ -108,7 +110,13 @@ class Ours:
         with torch.set_grad_enabled(record):
             self.inputs = (x.detach().requires_grad_(record), weights.detach().requires_grad_(record))
             self.out = moe_experts(
-                self.inputs[0], ids, self.inputs[1], self.packed, self.lora, compute_type=self.row.compute
+                self.inputs[0],
+                ids,
+                self.inputs[1],
+                self.packed,
+                self.lora,
+                compute_type=self.row.compute,
+                gradient_compute_type=self.row.gradient_compute,
             )
         return self.out.detach()
 

@@ -113,7 +113,7 @@ def int8_lines(r: Results) -> Iterator[Line]:
 
 
 def backward_lines(r: Results) -> Iterator[Line]:
-    for row in (*FORMATS, "int8*int8"):
+    for row in (*FORMATS, "int8*int8+grad8"):  # gradients on the same compute type
         what, goal = f"backward for the inputs, {row}", "<= 1.25 x forward"
         if (point := r.many(row)) is None:
             yield Line(what, goal, r.why_not(row), None)

@@ -29,7 +29,7 @@ def run(row, tmp_path, monkeypatch, tokens=(1, 16)):
     return json.loads(files[1].read_text())
 
 
-@pytest.mark.parametrize("row", ["bf16", "int8", "int4", "int8+lora4", "int8*int8", *TORCH_PEERS])
+@pytest.mark.parametrize("row", ["bf16", "int8", "int4", "int8+lora4", "int8*int8+grad8", *TORCH_PEERS])
 def test_a_row_is_checked_and_timed(row, tmp_path, monkeypatch):
     threads = torch.get_num_threads()
     try:
@@ -81,8 +81,9 @@ def test_a_wrong_row_reports_its_reason_instead_of_times(tmp_path, monkeypatch):
 
 
 def test_names_of_rows():
-    assert parse("int8*int8+lora64") == ("int8", "int8", 64) and parse("bf16") == ("bf16", "bf16", 0)
-    for name in ("fp9", "int8*bf16", "int8+lora", "int8 "):
+    assert parse("int8*int8+lora64") == ("int8", "int8", 64, "bf16") and parse("bf16") == ("bf16", "bf16", 0, "bf16")
+    assert parse("int8*int8+grad8+lora8") == ("int8", "int8", 8, "int8")
+    for name in ("int8+grad8", "fp9", "int8*bf16", "int8+lora", "int8 "):
         with pytest.raises(ValueError, match="row: expected a name like"):
             parse(name)
 
