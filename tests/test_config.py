@@ -128,9 +128,9 @@ def test_int8_products_need_int8_weights_whatever_the_checkpoint_has():
 def test_int8_gradients_go_with_int8_products():
     settings = {"kt_compute_type": "int8", "kt_gradient_compute_type": "int8"}
     assert KtConfig.from_dict(settings).gradient_compute_type == "int8"
-    with pytest.raises(ValueError, match="gradient_compute_type: int8 goes with compute_type int8 only.*set both"):
+    with pytest.raises(ValueError, match=r"gradient_compute_type: int8 goes with compute_type int8 only.*set both"):
         KtConfig(gradient_compute_type="int8")
-    with pytest.raises(ValueError, match="gradient_compute_type: expected one of bf16, int8; got 'int4'"):
+    with pytest.raises(ValueError, match=r"gradient_compute_type: expected one of bf16, int8; got 'int4'"):
         KtConfig(compute_type="int8", gradient_compute_type="int4")
 
 

@@ -58,8 +58,8 @@ struct Gemm8Term {
   const int8_t* act;
   const float* scales;
   const int32_t* sums;
-  int64_t q_tiles, groups;  // from one row (of tiles) of these to the next
-  int q, group;             // group: columns that share a scale
+  int64_t q_tiles, groups;     // from one row (of tiles) of these to the next
+  int q, group;                // group: columns that share a scale
   const PackedMatrix* packed;  // per channel or in groups of a multiple of 64
   DenseView rows{};            // activations yet to be quantised (qs == 1), instead of act, scales and sums
 };

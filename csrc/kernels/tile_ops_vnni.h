@@ -39,13 +39,15 @@ inline void multiply8_rows(const Block8Args& g, int tile, int row) {
 #pragma GCC unroll 8
   for (int r = 0; r < Rows; ++r) acc[r][0] = acc[r][1] = _mm512_set1_epi32(g.start[tile * kTileRows + row + r]);
   for (int t = 0; t < g.tiles; ++t) {
-    for (int s = 0; s < kSteps8 / 4; ++s) {
-      const uint8_t* right = g.right + t * kTile8Bytes + s * 64;
+    const uint8_t* right = g.right + t * kTile8Bytes;
+    const int8_t* at = left + t * kTile8Bytes;
+    for (int s = 0; s < kSteps8 / 4; ++s, right += 64, at += 4) {
+      __asm__("" : "+r"(at));  // else GCC keeps an address per row, more than it has registers for
       const __m512i b0 = _mm512_loadu_si512(right), b1 = _mm512_loadu_si512(right + kRightTiles * kTile8Bytes);
 #pragma GCC unroll 8
       for (int r = 0; r < Rows; ++r) {
         int32_t quad;
-        __builtin_memcpy(&quad, left + t * kTile8Bytes + r * kSteps8 + s * 4, 4);
+        __builtin_memcpy(&quad, at + r * kSteps8, 4);
         const __m512i a = _mm512_set1_epi32(quad);
         dot8(acc[r][0], b0, a);
         dot8(acc[r][1], b1, a);

@@ -21,7 +21,7 @@ struct Backward {
   // Only with LoRA; "small" is (wave rows, R) fp32, "rows" is (wave rows, F) bf16.
   float *small_a[3] = {}, *small_b[3] = {};  // s X A^T, s dLin B per projection; those of down times w
   void *small_b_tiles[3] = {}, *h_tiles = nullptr;
-  void* turned[3][2] = {};  // small^T per projection, for the gradients of b and of a
+  void* turned[3][2] = {};                             // small^T per projection, for the gradients of b and of a
   uint16_t *dgate_up_rows[2] = {}, *h_rows = nullptr;  // the former also where the driver folds and quantises
 
   Backward(const ExpertWeights& weights, const LayerCall& call, const LayerGrads& grads)
@@ -87,10 +87,10 @@ struct Backward {
   template <class Fn>
   void for_gradient_columns(const Wave& wave, int turn, Fn&& fn) const {
     const int F = intermediate(), pieces = wave.end - wave.begin;
-    for_tasks(wave,
-              int8() ? ColumnTasks(plan, F, kHiddenGroup8, kHiddenGroup8, pieces, turn)
-                     : ColumnTasks(plan, F, pieces, turn),
-              fn);
+    for_tasks(
+        wave,
+        int8() ? ColumnTasks(plan, F, kHiddenGroup8, kHiddenGroup8, pieces, turn) : ColumnTasks(plan, F, pieces, turn),
+        fn);
   }
 
   template <class Fn>
@@ -492,9 +492,9 @@ struct Backward {
       for_gradient_columns(wave, turn, [&](const Segment& s, const ColumnTask& t, const Plan::ThreadBuffers& b) {
         z_part(s, t, turn == 0, b);
       });
-    for_gradient_columns(wave, plan.nodes - 1, [&](const Segment& s, const ColumnTask& t, const Plan::ThreadBuffers& b) {
-      gradient_block(s, t, b);
-    });
+    for_gradient_columns(
+        wave, plan.nodes - 1,
+        [&](const Segment& s, const ColumnTask& t, const Plan::ThreadBuffers& b) { gradient_block(s, t, b); });
     weight_gradients(wave);
     if (lora) lora_products(wave);
     const bool apart = plan.call.lora.x != nullptr;

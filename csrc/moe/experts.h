@@ -64,8 +64,8 @@ struct Lora {
 };
 
 // Of the products with packed weights: bf16 (codes decoded to bf16) or int8 (int8 codes as they are, activations, or
-// gradients with the codes' scales folded in, quantised in groups of columns; needs format int8 and an ISA with int8 dot
-// products). Adapters and their gradients are always computed in bf16.
+// gradients with the codes' scales folded in, quantised in groups of columns; needs format int8 and an ISA with int8
+// dot products). Adapters and their gradients are always computed in bf16.
 enum class Compute { bf16, int8 };
 
 struct LayerCall {

@@ -56,7 +56,9 @@ struct Plan {
   bool int8() const { return call.compute == Compute::int8; }
   // Products of a few rows are bound by the codes and need no quantised activations.
   bool in_int8(const Segment& s) const { return int8() && s.rows > kSkinnyRows; }
-  bool gradient_in_int8(const Segment& s) const { return call.gradient_compute == Compute::int8 && s.rows > kSkinnyRows; }
+  bool gradient_in_int8(const Segment& s) const {
+    return call.gradient_compute == Compute::int8 && s.rows > kSkinnyRows;
+  }
   float routing_weight(int sorted_row) const { return call.weights[order[sorted_row]]; }
 };
 
@@ -95,7 +97,9 @@ struct NodeRows {
 inline NodeRows rows_of_node(const PackedMatrix& packed, int node, int nodes, int unit = kBlock) {
   const int blocks = unit / kBlock, all = packed.row_blocks();
   const NodeTasks units = split_over_nodes(ceil_div(all, blocks), nodes);
-  const auto block = [&](int64_t at) { return static_cast<int>(at) * blocks < all ? static_cast<int>(at) * blocks : all; };
+  const auto block = [&](int64_t at) {
+    return static_cast<int>(at) * blocks < all ? static_cast<int>(at) * blocks : all;
+  };
   const int begin = block(units.begin(node)), end = block(units.end[node]);
   return {begin * kBlock, packed.block_rows(begin, end)};
 }

@@ -62,8 +62,9 @@ void packed_product8(const PackedMatrix& weights, Side side, const uint16_t* act
     const int c0 = static_cast<int>(task % column_steps) * kMaxCols;
     Gemm8Term term = rows.term(row / kTileRows, weights, 0, q);
     if (!ahead) term.rows = {act + row * q, false, q, 1};
-    kernels.gemm8({side, &term, 1, static_cast<int>(std::min<int64_t>(kMaxRows, m - row)), c0, std::min(kMaxCols, c - c0),
-                   out + row * c + c0, c, scratch + round_up(kernels.gemm_scratch_bytes, 64) * thread});
+    kernels.gemm8({side, &term, 1, static_cast<int>(std::min<int64_t>(kMaxRows, m - row)), c0,
+                   std::min(kMaxCols, c - c0), out + row * c + c0, c,
+                   scratch + round_up(kernels.gemm_scratch_bytes, 64) * thread});
   });
 }
 
