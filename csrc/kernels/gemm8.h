@@ -112,10 +112,10 @@ struct Slice8 {
 };
 
 // The codes that strip `strip` multiplies at q0.
-inline Ahead codes_ahead8(const Gemm8Args& g, const Gemm8Term& term, int strip, int q0, int steps) {
+inline Ahead codes_ahead8(const Gemm8Args& g, const Gemm8Term& term, int strip, int q0) {
   const PackedMatrix& w = *term.packed;
   const int at = g.c0 / kBlock + strip, kb = q0 / kBlock, lines = w.block_bytes() / 64, blocks = (g.m + 7) / 8;
-  if (q0 >= term.q || steps <= 0) return {};
+  if (q0 >= term.q) return {};
   const bool left = g.side == Side::left;
   return {left ? w.block(at, kb) : w.block(kb, at), int64_t{w.block_bytes()} * (left ? 1 : w.col_blocks()), lines,
           (lines + blocks - 1) / blocks};
@@ -144,8 +144,8 @@ inline void multiply_strips8(const Gemm8Args& g, const Slice8& s, int begin, int
     } else {
       decode8_turned(w, block, t0, tiles, panel);
     }
-    const Ahead ahead = strip + 1 < strips ? codes_ahead8(g, s.term, strip + 1, s.q0, s.steps)
-                                           : codes_ahead8(g, s.term, 0, s.q0 + s.steps, s.steps);
+    const Ahead ahead =
+        strip + 1 < strips ? codes_ahead8(g, s.term, strip + 1, s.q0) : codes_ahead8(g, s.term, 0, s.q0 + s.steps);
     ActiveOps::multiply8({s.act, s.q_tiles, panel, start, s.scales, s.groups,
                           g.side == Side::left ? column_scales : ones, accumulator(c, strip, m_tiles, 0, 0), g.m, tiles,
                           accumulate, ahead});

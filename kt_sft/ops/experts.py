@@ -189,11 +189,11 @@ def moe_experts(
     the dtype and device of hidden_states. Products take bf16 inputs and accumulate in fp32; the top-k combination is
     fp32. ``activation_policy`` retain keeps gate and up (2F bf16 values per routed row) for backward; recompute keeps
     the hidden states only. ``compute_type`` int8 computes the forward products on int8 codes, with the hidden states
-    quantised per row and 256 columns, silu(gate) * up per row and 128 columns. ``gradient_compute_type`` int8, which needs
-    the former, does the same for the gradients of hidden_states and topk_weights, quantised likewise after the weights'
-    scales were multiplied in; the adapters' terms and gradients stay in bf16. Where an expert has 4 rows or fewer, all
-    products are bf16. Raises ValueError on shapes, dtypes, devices or expert ids that do not fit, and on a compute type
-    that this CPU or these weights do not allow.
+    quantised per row and 256 columns, silu(gate) * up per row and 128 columns. ``gradient_compute_type`` int8, which
+    needs the former, does the same for the gradients of hidden_states and topk_weights, quantised likewise after the
+    weights' scales were multiplied in; the adapters' terms and gradients stay in bf16. Where an expert has 4 rows or
+    fewer, all products are bf16. Raises ValueError on shapes, dtypes, devices or expert ids that do not fit, and on a
+    compute type that this CPU or these weights do not allow.
     """
     call, tensors = checked_arguments(
         hidden_states,
