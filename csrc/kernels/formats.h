@@ -3,13 +3,19 @@
 //                 holds the first row's pair 0 (kPairBytes per row and pair)
 //   decode_pairs  the same in memory order: (n, 2p), (n, 2p + 1) of rows 0 to 7, then of rows 8 to 15; kOrdered says
 //                 that this is the cheaper one
+//   pairs         where kBf16: the codes, which bf16 holds exactly, as a step of a right tile: (2p, 2p + 1) of 16 rows;
+//                 over the vectors V of an instruction set that multiplies bf16 pairs
 //   encode        stores two vectors of 16 codes from kLeastCode to kLargestCode; kSearchesScale: see quantize.h
 // Written over the vector vocabulary Vec; included inside the variant's namespace.
 #pragma once
 
 struct Bf16 {
   static constexpr int kPairBytes = 4;
-  static constexpr bool kOrdered = false;
+  static constexpr bool kOrdered = false, kBf16 = true;
+  template <class V>
+  static auto pairs(const uint8_t* at, int p) {
+    return V::load_i32(at + p * kBlock * kPairBytes);
+  }
   static void decode(const uint8_t* at, int p, Vec::F32& even, Vec::F32& odd) {
     const auto words = Vec::load_i32(at + p * kBlock * kPairBytes);
     even = Vec::as_f32(Vec::shift_left<16>(words));
@@ -19,7 +25,13 @@ struct Bf16 {
 
 struct Int8 {
   static constexpr int kPairBytes = 2;
-  static constexpr bool kOrdered = true;
+  static constexpr bool kOrdered = true, kBf16 = true;
+  template <class V>
+  static auto pairs(const uint8_t* at, int p) {
+    Vec::F32 first, second;
+    decode_pairs(at, p, first, second);
+    return V::to_pairs(first, second);
+  }
   static void decode_pairs(const uint8_t* at, int p, Vec::F32& first, Vec::F32& second) {
     first = Vec::to_f32(Vec::load_i8(at + p * kBlock * kPairBytes));
     second = Vec::to_f32(Vec::load_i8(at + p * kBlock * kPairBytes + 16));
@@ -40,7 +52,7 @@ struct Int8 {
 // seven low bits, as the top of an fp32's exponent and mantissa, are the value times 2^-120, subnormals included.
 struct Fp8 {
   static constexpr int kPairBytes = 2;
-  static constexpr bool kOrdered = true;
+  static constexpr bool kOrdered = true, kBf16 = false;
   static void decode_pairs(const uint8_t* at, int p, Vec::F32& first, Vec::F32& second) {
     first = value(Vec::shift_left<20>(Vec::load_i8(at + p * kBlock * kPairBytes)));
     second = value(Vec::shift_left<20>(Vec::load_i8(at + p * kBlock * kPairBytes + 16)));
@@ -60,7 +72,11 @@ struct Fp8 {
 template <class Levels>
 struct Nibbles {
   static constexpr int kPairBytes = 1;
-  static constexpr bool kOrdered = false;
+  static constexpr bool kOrdered = false, kBf16 = true;
+  template <class V>
+  static auto pairs(const uint8_t* at, int p) {
+    return V::look_up_pairs(at + p * kBlock, Levels::kLevels);
+  }
   static void decode(const uint8_t* at, int p, Vec::F32& even, Vec::F32& odd) {
     const auto words = Vec::load_i8(at + p * kBlock);
     even = Levels::of(words);
@@ -69,9 +85,11 @@ struct Nibbles {
 };
 
 struct SignedLevels {
+  static constexpr float kLevels[16] = {0, 1, 2, 3, 4, 5, 6, 7, -8, -7, -6, -5, -4, -3, -2, -1};
   static Vec::F32 of(Vec::I32 words) { return Vec::low_nibble(words); }
 };
 struct UnsignedLevels {
+  static constexpr float kLevels[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
   static Vec::F32 of(Vec::I32 words) { return Vec::to_f32(Vec::bit_and(words, Vec::splat_i32(15))); }
 };
 struct E2m1Levels {  // OCP Microscaling formats 1.0, section 5.3.3
@@ -98,7 +116,7 @@ using Iq4Nl = Nibbles<Iq4NlLevels>;
 template <int kHigh, int kZero>
 struct SplitBits {
   static constexpr int kPairBytes = 1;
-  static constexpr bool kOrdered = false;
+  static constexpr bool kOrdered = false, kBf16 = false;
   static void decode(const uint8_t* at, int p, Vec::F32& even, Vec::F32& odd) {
     constexpr int kPairsPerByte = 4 / kHigh;
     const auto low = Vec::load_u8(at + p * kBlock);

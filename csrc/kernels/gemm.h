@@ -240,18 +240,21 @@ inline float* accumulator(float* c, int strip, int m_tiles, int m_tile, int w_ti
   return c + ((int64_t{strip} * m_tiles + m_tile) * kStripTiles + w_tile) * 256;
 }
 
-// The panel after strip `strip` of q0, one panel ahead of its decoding: the codes of its blocks, one for each q.
+// The codes of the panel after strip `strip` of q0, one panel ahead of its decoding: those of its blocks, one for each
+// q. After the last one come the caller's next codes.
 inline Ahead codes_ahead(const GemmArgs& g, const GemmTerm& term, int strip, int q0) {
   if (term.packed == nullptr) return {};
-  const PackedMatrix& w = *term.packed;
-  const int first = g.c0 / kBlock, all_q = (term.q + kTileSteps - 1) / kTileSteps;
-  const bool same_q = (strip + 1) * kBlock < g.nc, right = g.side == Side::left;
-  if (!same_q) q0 += kPanelTiles;
-  if (q0 >= all_q) return {};
-  const int next = first + (same_q ? strip + 1 : 0), lines = w.block_bytes() / 64;
-  const int blocks = (g.m + 7) / 8;  // register blocks that share the work, at least
-  return {right ? w.block(next, q0) : w.block(q0, next), int64_t{w.block_bytes()} * (right ? 1 : w.col_blocks()), lines,
-          (lines + blocks - 1) / blocks};
+  const PackedMatrix* w = term.packed;
+  int next = g.c0 / kBlock + strip + 1;
+  if (next * kBlock >= g.c0 + g.nc) next = g.c0 / kBlock, q0 += kPanelTiles;
+  if (q0 * kTileSteps >= term.q) {
+    if (g.upcoming == nullptr || &term != g.terms + g.num_terms - 1) return {};
+    w = &g.upcoming->packed, next = g.upcoming->c0 / kBlock, q0 = 0;
+  }
+  const bool right = g.side == Side::left;
+  const int lines = w->block_bytes() / 64, blocks = (g.m + 7) / 8;  // register blocks that share the work, at least
+  return {right ? w->block(next, q0) : w->block(q0, next), int64_t{w->block_bytes()} * (right ? 1 : w->col_blocks()),
+          lines, (lines + blocks - 1) / blocks};
 }
 
 inline void multiply_panel(const GemmArgs& g, const GemmTerm& term, int strip, int q0, int q_tiles, bool accumulate,

@@ -18,6 +18,12 @@ struct GemmTerm {
   int act_tiles = 0;           // tiles from one row of tiles of act to the next; 0: those of q
 };
 
+// What the caller multiplies next: its first codes are asked for meanwhile. A hint only.
+struct Upcoming {
+  PackedMatrix packed;
+  int c0;
+};
+
 // out[m][c - c0] = sum over terms, fp32, overwritten; c0 a multiple of 32; m <= max_rows, nc <= max_cols.
 struct GemmArgs {
   Side side;
@@ -28,6 +34,7 @@ struct GemmArgs {
   int64_t ldo;
   void* scratch;            // gemm_scratch_bytes, 64-byte aligned, one per thread
   bool transposed = false;  // out[c - c0][m] instead
+  const Upcoming* upcoming = nullptr;
 };
 
 struct PackArgs {

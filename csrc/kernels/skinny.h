@@ -9,15 +9,19 @@ constexpr int kSkinnyAhead = 4 << 10;  // bytes that prefetching runs ahead of t
 
 // Activations [q0, q0 + nq) of all rows, from tiles of either side to fp32 rows [m][kSkinnySteps]; zeros up to 32.
 inline void skinny_rows(const GemmArgs& g, const GemmTerm& term, int q0, int nq, float* rows) {
+  constexpr int kStepsPerWord = 4 / sizeof(Ops::Elem);  // a word of a tile: a pair of bf16 or one float
   for (int q = 0; q < round_up(nq, kTileSteps); q += kTileSteps) {
     const Ops::Elem* tile = static_cast<const Ops::Elem*>(term.act) + int64_t{(q0 + q) / kTileSteps} * kTileElems;
-    for (int r = 0; r < g.m; ++r)
-      for (int i = 0; i < kTileSteps; ++i) {
-        const int right = sizeof(Ops::Elem) == 2 ? (i / 2 * kTileRows + r) * 2 + i % 2 : i * kTileRows + r;
-        float value;
-        convert(tile[g.side == Side::left ? r * kTileSteps + i : right], value);
-        rows[r * kSkinnySteps + q + i] = value;
+    for (int r = 0; r < g.m; ++r) {
+      float* to = rows + r * kSkinnySteps + q;
+      if (g.side == Side::left) {
+        for (int i = 0; i < kTileSteps; ++i) convert(tile[r * kTileSteps + i], to[i]);
+      } else {
+        for (int w = 0; w < kTileSteps / kStepsPerWord; ++w)
+          for (int i = 0; i < kStepsPerWord; ++i)
+            convert(tile[(w * kTileRows + r) * kStepsPerWord + i], to[w * kStepsPerWord + i]);
       }
+    }
   }
 }
 
@@ -29,9 +33,39 @@ inline void prefetch_ahead(const uint8_t* at) {
   for (int i = 0; i < Bytes; i += 64) __builtin_prefetch(at + i);
 }
 
+// Codes that are read in the order in which they lie, up to `end`; those at `next` are read after them.
+struct CodeStream {
+  const uint8_t *end, *next;
+
+  template <int Bytes>
+  void prefetch(const uint8_t* block) const {
+    const uint8_t* at = block + kSkinnyAhead;
+    prefetch_ahead<Bytes>(at < end ? at : next + (at - end));
+  }
+};
+
 // Scales that are the same for all columns of a block, and nothing added: they are applied to sums. Others to weights.
 template <class R>
 constexpr bool kScalesSums = R::Scales::kAny && R::Scales::kParts == 1 && !R::Scales::kOffset;
+
+// Codes that are multiplied as pairs of bf16, by activations straight from left tiles. Others in fp32, by fp32 rows.
+template <class R>
+constexpr bool kMultipliesPairs = sizeof(Ops::Elem) == 2 && R::Codes::kBf16 && (kScalesSums<R> || !R::Scales::kAny);
+
+// The activations of some reduction steps: left tiles and, where a format needs them, the fp32 rows made of them.
+struct SkinnyInput {
+  const Ops::Elem* tiles;
+  const float* rows;
+
+  template <class R>
+  auto pair(int row, int block, int p) const {
+    if constexpr (kMultipliesPairs<R>) {
+      return tiles + int64_t{block} * kTileElems + row * kTileSteps + 2 * p;
+    } else {
+      return rows + row * kSkinnySteps + block * kBlock + 2 * p;
+    }
+  }
+};
 
 // Pair p of 16 rows: what is multiplied, before the scales of sums.
 template <class R>
@@ -44,51 +78,65 @@ inline void skinny_pair(const Weights<R>& weights, const uint8_t* codes, int p, 
   }
 }
 
-// out[m][c] += sum_k rows[m][k] W[c][k] for 32 rows c of W (block row nb), blocks [kb0, kb0 + blocks).
+// acc += the products of pair p + odd of a block and 16 rows c of W; x(row) points at the activations of the pair. Two
+// sums each, so that one addition need not wait for the other.
+template <class R, int Rows, class X>
+inline void skinny_step(const Weights<R>& weights, const uint8_t* codes, int p, int odd, const X& x,
+                        Vec::F32 (&acc)[Rows][2]) {
+  if constexpr (kMultipliesPairs<R>) {
+    const auto pairs = R::Codes::template pairs<Vec>(codes, p + odd);
+#pragma GCC unroll 4
+    for (int r = 0; r < Rows; ++r) acc[r][odd] = Mac::madd(acc[r][odd], Mac::broadcast_left(x(r), 0), pairs);
+  } else {
+    Vec::F32 first, second;
+    skinny_pair<R>(weights, codes, p + odd, first, second);
+#pragma GCC unroll 4
+    for (int r = 0; r < Rows; ++r) {
+      if constexpr (R::Codes::kOrdered) {
+        const Vec::F32 pair = Vec::broadcast2(x(r));
+        acc[r][0] = Vec::fma(first, pair, acc[r][0]);
+        acc[r][1] = Vec::fma(second, pair, acc[r][1]);
+      } else {
+        acc[r][0] = Vec::fma(first, Vec::broadcast(x(r)[0]), acc[r][0]);
+        acc[r][1] = Vec::fma(second, Vec::broadcast(x(r)[1]), acc[r][1]);
+      }
+    }
+  }
+}
+
+// out[m][c] += sum_k x[m][k] W[c][k] for 32 rows c of W (block row nb), blocks [kb0, kb0 + blocks); x begins there.
 template <class R, int Rows>
-inline void skinny_forward(const PackedMatrix& w, int nb, int kb0, int blocks, const float* rows, float* out,
-                           int64_t ldo) {
+inline void skinny_forward(const PackedMatrix& w, int nb, int kb0, int blocks, const SkinnyInput& x,
+                           const CodeStream& stream, float* out, int64_t ldo) {
   using Codes = typename R::Codes;
   const int group = kScalesSums<R> ? w.group_size / kBlock : kb0 + blocks;
   const uint8_t* block = w.block(nb, kb0);
-  for (int b = 0; b < blocks;) {
-    const int first_block = b, stop = min_int(blocks, ((kb0 + b) / group + 1) * group - kb0);
-    Vec::F32 acc[Rows][kStripTiles][2];
-    for (int r = 0; r < Rows; ++r)
-      for (int i = 0; i < 2 * kStripTiles; ++i) acc[r][i / 2][i % 2] = Vec::zero();
+  for (int b = 0, stop = min_int(blocks, group - kb0 % group); b < blocks; stop = min_int(blocks, stop + group)) {
+    const BlockScales<R> scales(w, nb, kb0 + b);
+    Vec::F32 acc[kStripTiles][Rows][2];
+    for (int i = 0; i < kStripTiles * Rows * 2; ++i) acc[i / 2 / Rows][i / 2 % Rows][i % 2] = Vec::zero();
     for (; b < stop; ++b, block += R::kBlockBytes) {
-      prefetch_ahead<R::kBlockBytes>(block + kSkinnyAhead);
+      stream.prefetch<R::kBlockBytes>(block);
       const Weights<R> weights[kStripTiles] = {{w, nb, kb0 + b, 0}, {w, nb, kb0 + b, 1}};
-      for (int p = 0; p < kPairs; ++p)
-#pragma GCC unroll 2
-        for (int half = 0; half < kStripTiles; ++half) {
-          Vec::F32 first, second;
-          skinny_pair<R>(weights[half], block + half * kTileRows * Codes::kPairBytes, p, first, second);
+      for (int p = 0; p < kPairs; p += 2)
 #pragma GCC unroll 4
-          for (int r = 0; r < Rows; ++r) {
-            const float* x = rows + r * kSkinnySteps + b * kBlock + 2 * p;
-            if constexpr (Codes::kOrdered) {
-              const Vec::F32 pair = Vec::broadcast2(x);
-              acc[r][half][0] = Vec::fma(first, pair, acc[r][half][0]);
-              acc[r][half][1] = Vec::fma(second, pair, acc[r][half][1]);
-            } else {
-              acc[r][half][0] = Vec::fma(first, Vec::broadcast(x[0]), acc[r][half][0]);
-              acc[r][half][1] = Vec::fma(second, Vec::broadcast(x[1]), acc[r][half][1]);
-            }
-          }
+        for (int i = 0; i < 2 * kStripTiles; ++i) {
+          const int half = i % kStripTiles, odd = i / kStripTiles;
+          skinny_step<R, Rows>(
+              weights[half], block + half * kTileRows * Codes::kPairBytes, p, odd,
+              [&](int r) { return x.pair<R>(r, b, p + odd); }, acc[half]);
         }
     }
     for (int half = 0; half < kStripTiles; ++half) {
-      const Weights<R> weights(w, nb, kb0 + first_block, half);
       for (int r = 0; r < Rows; ++r) {
         Vec::F32 sum;
-        if constexpr (Codes::kOrdered) {
-          sum = Vec::add_pairs(acc[r][half][0], acc[r][half][1]);
+        if constexpr (Codes::kOrdered && !kMultipliesPairs<R>) {
+          sum = Vec::add_pairs(acc[half][r][0], acc[half][r][1]);
         } else {
-          sum = Vec::add(acc[r][half][0], acc[r][half][1]);
+          sum = Vec::add(acc[half][r][0], acc[half][r][1]);
         }
         float* to = out + r * ldo + half * kTileRows;
-        if constexpr (kScalesSums<R>) sum = Vec::mul(sum, weights.scales[0]);
+        if constexpr (kScalesSums<R>) sum = Vec::mul(sum, scales.scale(half, 0));
         Vec::store(to, Vec::add(Vec::load(to), sum));
       }
     }
@@ -155,37 +203,57 @@ inline void skinny_fold(const float* lanes, int columns, float* out) {
   }
 }
 
-// One chunk of reduction steps of a packed term; out[m][kMaxCols] is added to.
+// Some reduction steps of a term, and where their sums go: out[m][kMaxCols] is added to.
+struct SkinnyChunk {
+  const GemmArgs& g;
+  const GemmTerm& term;
+  int q0, nq;
+  float *rows, *lanes, *out;
+
+  void make_rows() const { skinny_rows(g, term, q0, nq, rows); }
+  // Block row `nb` of the chunk, and what is read after it: the next one, the next chunk or the caller's next codes.
+  CodeStream stream(int nb) const {
+    const PackedMatrix& w = *term.packed;
+    const int last = (g.c0 + g.nc - 1) / kBlock, stop = static_cast<int>(ceil_div(q0 + nq, kBlock));
+    const uint8_t* end = w.block(nb, stop);
+    if (nb < last) return {end, w.block(nb + 1, q0 / kBlock)};
+    if (stop < w.col_blocks()) return {end, w.block(g.c0 / kBlock, stop)};
+    return {end, g.upcoming != nullptr ? g.upcoming->packed.block(g.upcoming->c0 / kBlock, 0) : end};
+  }
+};
+
 template <class R, int Rows>
-inline void skinny_packed(const GemmArgs& g, const PackedMatrix& w, int q0, int nq, const float* rows, float* lanes,
-                          float* out) {
+inline void skinny_packed(const SkinnyChunk& c) {
+  const GemmArgs& g = c.g;
+  const PackedMatrix& w = *c.term.packed;
   const int first = g.c0 / kBlock, strips = static_cast<int>(ceil_div(g.nc, kBlock));
-  const int blocks = static_cast<int>(ceil_div(nq, kBlock));
+  const int kb = c.q0 / kBlock, blocks = static_cast<int>(ceil_div(c.nq, kBlock));
   if (g.side == Side::left) {
+    if constexpr (!kMultipliesPairs<R>) c.make_rows();
+    const SkinnyInput x{static_cast<const Ops::Elem*>(c.term.act) + int64_t{kb} * kTileElems, c.rows};
     for (int s = 0; s < strips; ++s)
-      skinny_forward<R, Rows>(w, first + s, q0 / kBlock, blocks, rows, out + s * kBlock, kMaxCols);
+      skinny_forward<R, Rows>(w, first + s, kb, blocks, x, c.stream(first + s), c.out + s * kBlock, kMaxCols);
     return;
   }
+  c.make_rows();
   const int64_t row_lanes = int64_t{strips} * kBlock * kTileRows / (R::Codes::kOrdered ? 2 : 1);
-  __builtin_memset(lanes, 0, Rows * row_lanes * sizeof(float));
-  for (int b = 0; b < blocks; ++b)
-    skinny_backward<R, Rows>(w, q0 / kBlock + b, first, strips, rows + b * kBlock, lanes);
+  __builtin_memset(c.lanes, 0, Rows * row_lanes * sizeof(float));
+  for (int b = 0; b < blocks; ++b) skinny_backward<R, Rows>(w, kb + b, first, strips, c.rows + b * kBlock, c.lanes);
   for (int r = 0; r < Rows; ++r)
-    skinny_fold<R::Codes::kOrdered>(lanes + r * row_lanes, strips * kBlock, out + r * kMaxCols);
+    skinny_fold<R::Codes::kOrdered>(c.lanes + r * row_lanes, strips * kBlock, c.out + r * kMaxCols);
 }
 
 template <class R>
-inline void skinny_format(const GemmArgs& g, const PackedMatrix& w, int q0, int nq, const float* rows, float* lanes,
-                          float* out) {
-  switch (g.m) {
+inline void skinny_format(const SkinnyChunk& c) {
+  switch (c.g.m) {
     case 1:
-      return skinny_packed<R, 1>(g, w, q0, nq, rows, lanes, out);
+      return skinny_packed<R, 1>(c);
     case 2:
-      return skinny_packed<R, 2>(g, w, q0, nq, rows, lanes, out);
+      return skinny_packed<R, 2>(c);
     case 3:
-      return skinny_packed<R, 3>(g, w, q0, nq, rows, lanes, out);
+      return skinny_packed<R, 3>(c);
     default:
-      return skinny_packed<R, 4>(g, w, q0, nq, rows, lanes, out);
+      return skinny_packed<R, 4>(c);
   }
 }
 
@@ -244,16 +312,17 @@ inline void skinny_gemm(const GemmArgs& g) {
     const GemmTerm& term = g.terms[t];
     for (int q0 = 0; q0 < term.q; q0 += kSkinnySteps) {
       const int nq = min_int(kSkinnySteps, term.q - q0);
-      skinny_rows(g, term, q0, nq, rows);
+      const SkinnyChunk chunk{g, term, q0, nq, rows, lanes, out};
       if (term.packed == nullptr) {
+        chunk.make_rows();
         term.dense->is_float ? skinny_dense<float>(g, *term.dense, q0, nq, rows, out)
                              : skinny_dense<uint16_t>(g, *term.dense, q0, nq, rows, out);
         continue;
       }
       switch (term.packed->format) {
-#define KT_FORMAT(name, Codes, Scales, bits, ...)                                        \
-  case kt_sft::Format::name:                                                             \
-    skinny_format<Row<kt_sft::Format::name>>(g, *term.packed, q0, nq, rows, lanes, out); \
+#define KT_FORMAT(name, Codes, Scales, bits, ...)    \
+  case kt_sft::Format::name:                         \
+    skinny_format<Row<kt_sft::Format::name>>(chunk); \
     break;
 #include "kernels/registry.inc"
       }

@@ -43,7 +43,7 @@ struct Ops {
 #ifdef __AVX512BF16__
   // 16 pairs in memory order.
   static void store_pairs(Elem* to, __m512 first, __m512 second) {
-    _mm512_storeu_si512(to, (__m512i)_mm512_cvtne2ps_pbh(second, first));
+    _mm512_storeu_si512(to, Vec::to_pairs(first, second));
   }
   // Rows 2p and 2p + 1 of a right tile, interleaved.
   static void store_right(Elem* tile, int pair, __m512 even, __m512 odd) {

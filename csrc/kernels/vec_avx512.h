@@ -78,6 +78,17 @@ struct Vec {
   static void store_low16(void* p, I32 v) { _mm256_storeu_si256(static_cast<__m256i*>(p), _mm512_cvtepi32_epi16(v)); }
   static void store_low8(void* p, I32 v) { _mm_storeu_si128(static_cast<__m128i*>(p), _mm512_cvtepi32_epi8(v)); }
 
+#ifdef __AVX512BF16__
+  // 16 pairs of bf16 from their values in memory order.
+  static I32 to_pairs(F32 first, F32 second) { return (I32)_mm512_cvtne2ps_pbh(second, first); }
+  // (levels[low nibble], levels[high nibble]) of 16 bytes, as pairs of bf16.
+  static I32 look_up_pairs(const void* bytes, const float* levels) {
+    const __m256i table = _mm512_cvtepi32_epi16(_mm512_srli_epi32(bits(load(levels)), 16));
+    const I32 words = load_u8(bytes);  // an index is five bits: the fifth picks between two copies of the table
+    return _mm512_permutexvar_epi16(bit_or(words, shift_left<12>(words)), _mm512_broadcast_i64x4(table));
+  }
+#endif
+
   // Round to nearest even bf16, kept in the high halves. NaN payloads are not of interest here.
   static I32 round_bf16(F32 v) {
     const I32 bits = _mm512_castps_si512(v);

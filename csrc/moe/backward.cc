@@ -123,7 +123,7 @@ struct Backward {
 
   void recompute_gate_up(const Wave& wave) const {
     for_columns(wave, intermediate(), [&](const Segment& s, int c0, int nc, const Plan::ThreadBuffers& b) {
-      gate_up.compute(plan, b, s, c0, nc);
+      gate_up.compute(plan, b, s, c0, nc, nullptr);
       for (int r = 0; r < s.rows; ++r) {
         const int64_t at = (wave_row(s) + r) * intermediate() + c0;
         plan.kernels.activate(plan.weights.activation, b.rows[0] + r * nc, b.rows[1] + r * nc, nc, b.rows[2], gate + at,

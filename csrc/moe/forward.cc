@@ -30,11 +30,11 @@ struct Forward {
   }
 
   // H of one column block of one segment, into tiles; G and U saved for backward.
-  void hidden_block(const Segment& s, int c0, int nc, const Plan::ThreadBuffers& b) const {
+  void hidden_block(const Segment& s, int c0, int nc, const Upcoming* upcoming, const Plan::ThreadBuffers& b) const {
     const int F = plan.weights.intermediate;
     const int64_t f_tiles = ceil_div(F, kTileSteps);
     const LayerCall& call = plan.call;
-    gate_up.compute(plan, b, s, c0, nc);
+    gate_up.compute(plan, b, s, c0, nc, upcoming);
     float* hidden = b.rows[2];
     for (int r = 0; r < s.rows; ++r) {
       const int64_t saved = int64_t{s.row0 + r} * F + c0;
@@ -105,9 +105,11 @@ struct Forward {
         factor = factor_b(f, s.expert, D, Reduce::rank);
         adapter = {plan.tile(ha_tiles, s.tile0, ceil_div(f.rank, kTileSteps)), f.rank, nullptr, &factor};
       }
+      const bool last = i + 1 == wave.end;
+      const Upcoming upcoming{plan.weights.matrix(plan.segments[last ? i : i + 1].expert, kDown), c0};
       segment_product(plan, b, s, c0, nc,
                       {packed, plan.tile(h, s.tile0, ceil_div(F, kTileSteps)), h8, F, f.rank > 0 ? &adapter : nullptr,
-                       b.rows[0], b.rows[1]});
+                       b.rows[0], b.rows[1], last ? nullptr : &upcoming});
       add_bias(plan.weights.bias(s.expert, kDown), c0, nc, s.rows, b.rows[0]);
       for (int r = 0; r < s.rows; ++r) {
         const float w = plan.routing_weight(s.row0 + r);
@@ -131,7 +133,11 @@ struct Forward {
           plan.int8() ? ColumnTasks(plan, F, kHiddenGroup8, kHiddenGroup8, pieces) : ColumnTasks(plan, F, pieces);
       parallel_for(hidden_tasks.by_node(), [&](int64_t task, int thread) {
         const ColumnTask t = hidden_tasks[task];
-        hidden_block(plan.segments[wave.begin + t.piece], t.c0, t.nc, plan.thread[thread]);
+        ColumnTask next;
+        Upcoming upcoming;
+        const bool more = hidden_tasks.after(task, plan.threads, &next);
+        if (more) upcoming = {plan.weights.matrix(plan.segments[wave.begin + next.piece].expert, kGate), next.c0};
+        hidden_block(plan.segments[wave.begin + t.piece], t.c0, t.nc, more ? &upcoming : nullptr, plan.thread[thread]);
       });
       down_rank_products(wave);
       const ColumnTasks out_tasks(plan, D, 1);

@@ -123,6 +123,12 @@ ColumnTask ColumnTasks::operator[](int64_t task) const {
   return {static_cast<int>(task / per_piece), begin + at, std::min(step_, width - at), node};
 }
 
+bool ColumnTasks::after(int64_t task, int threads, ColumnTask* next) const {
+  if (task + threads >= tasks_.total()) return false;
+  *next = (*this)[task + threads];
+  return true;
+}
+
 void rank_product(const Plan& plan, const Plan::ThreadBuffers& buffers, int rows, const RankProduct& p) {
   for (int c0 = 0; c0 < p.rank; c0 += kMaxCols) {
     const int nc = std::min(kMaxCols, p.rank - c0);
@@ -140,7 +146,7 @@ void segment_product(const Plan& plan, const Plan::ThreadBuffers& buffers, const
   if (!plan.in_int8(s)) {
     const GemmTerm base{p.act, p.q, &p.packed, nullptr};
     const GemmTerm terms[2] = {base, adapted ? *p.adapter : base};
-    plan.kernels.gemm({Side::left, terms, adapted ? 2 : 1, s.rows, c0, nc, p.out, nc, buffers.gemm});
+    plan.kernels.gemm({Side::left, terms, adapted ? 2 : 1, s.rows, c0, nc, p.out, nc, buffers.gemm, false, p.upcoming});
     return;
   }
   const Gemm8Term base = p.act8.term(s.tile0, p.packed, 0, p.q);
@@ -217,8 +223,8 @@ void GateUpBuffers::prepare(const Plan& plan, const Wave& wave) const {
   });
 }
 
-void GateUpBuffers::compute(const Plan& plan, const Plan::ThreadBuffers& buffers, const Segment& s, int c0,
-                            int nc) const {
+void GateUpBuffers::compute(const Plan& plan, const Plan::ThreadBuffers& buffers, const Segment& s, int c0, int nc,
+                            const Upcoming* upcoming) const {
   const int D = plan.weights.hidden, F = plan.weights.intermediate;
   for (int p : {kGate, kUp}) {
     const LoraFactors& f = plan.call.lora.factors[p];
@@ -229,9 +235,10 @@ void GateUpBuffers::compute(const Plan& plan, const Plan::ThreadBuffers& buffers
       factor = factor_b(f, s.expert, F, Reduce::rank);
       adapter = {plan.tile(xa_tiles[p], s.tile0, ceil_div(f.rank, kTileSteps)), f.rank, nullptr, &factor};
     }
+    const Upcoming up{plan.weights.matrix(s.expert, kUp), c0};
     segment_product(plan, buffers, s, c0, nc,
                     {packed, plan.tile(x, s.tile0, ceil_div(D, kTileSteps)), x8, D, f.rank > 0 ? &adapter : nullptr,
-                     buffers.rows[p], buffers.rows[2]});
+                     buffers.rows[p], buffers.rows[2], p == kGate ? &up : upcoming});
     add_bias(plan.weights.bias(s.expert, static_cast<Projection>(p)), c0, nc, s.rows, buffers.rows[p]);
   }
 }

@@ -77,6 +77,8 @@ class ColumnTasks {
       : ColumnTasks(plan, columns, kBlock, plan.column_step(columns, pieces), pieces, turn) {}
   ColumnTasks(const Plan& plan, int columns, int unit, int step, int64_t pieces, int turn = 0);
   ColumnTask operator[](int64_t task) const;
+  // The task that a thread probably takes after this one, if there is one: all threads take theirs in turn.
+  bool after(int64_t task, int threads, ColumnTask* next) const;
   const NodeTasks& by_node() const { return tasks_; }
 
  private:
@@ -139,7 +141,8 @@ struct GateUpBuffers {
   void take(const Plan& plan, Workspace& workspace);
   void prepare(const Plan& plan, const Wave& wave) const;  // packs x, computes xa
   // gate and up of columns [c0, c0 + nc) into buffers.rows[0] and [1], ld = nc.
-  void compute(const Plan& plan, const Plan::ThreadBuffers& buffers, const Segment& segment, int c0, int nc) const;
+  void compute(const Plan& plan, const Plan::ThreadBuffers& buffers, const Segment& segment, int c0, int nc,
+               const Upcoming* upcoming) const;
 };
 
 // One product of a segment: packed weights (in int8 if the segment is) plus an optional adapter term, into `out`.
@@ -148,8 +151,9 @@ struct SegmentProduct {
   const void* act;       // left tiles of the segment; not read if it is computed in int8
   const Int8Rows& act8;  // of the wave
   int q;
-  const GemmTerm* adapter;  // or null
-  float *out, *spare;       // kMaxRows x kMaxCols each
+  const GemmTerm* adapter;   // or null
+  float *out, *spare;        // kMaxRows x kMaxCols each
+  const Upcoming* upcoming;  // or null
 };
 void segment_product(const Plan& plan, const Plan::ThreadBuffers& buffers, const Segment& segment, int c0, int nc,
                      const SegmentProduct& product);
