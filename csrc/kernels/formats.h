@@ -3,18 +3,24 @@
 //                 holds the first row's pair 0 (kPairBytes per row and pair)
 //   decode_pairs  the same in memory order: (n, 2p), (n, 2p + 1) of rows 0 to 7, then of rows 8 to 15; kOrdered says
 //                 that this is the cheaper one
-//   pairs         where kBf16: the codes, which bf16 holds exactly, as a step of a right tile: (2p, 2p + 1) of 16 rows;
-//                 over the vectors V of an instruction set that multiplies bf16 pairs
+//   pairs         where kBf16: the codes, which bf16 holds exactly, as (2p, 2p + 1) of a block's 32 rows, over the
+//                 vectors V of an instruction set that multiplies them; `unmix` puts sums of rows into memory's order
 //   encode        stores two vectors of 16 codes from kLeastCode to kLargestCode; kSearchesScale: see quantize.h
 // Written over the vector vocabulary Vec; included inside the variant's namespace.
 #pragma once
 
-struct Bf16 {
+// Codes whose pairs come in memory's order.
+struct InOrder {
+  template <class V>
+  static void unmix(typename V::F32&, typename V::F32&) {}
+};
+
+struct Bf16 : InOrder {
   static constexpr int kPairBytes = 4;
   static constexpr bool kOrdered = false, kBf16 = true;
   template <class V>
-  static auto pairs(const uint8_t* at, int p) {
-    return V::load_i32(at + p * kBlock * kPairBytes);
+  static void pairs(const uint8_t* block, int p, typename V::I32 (&to)[2]) {
+    for (int half = 0; half < 2; ++half) to[half] = V::load_i32(block + (2 * p + half) * kTileRows * kPairBytes);
   }
   static void decode(const uint8_t* at, int p, Vec::F32& even, Vec::F32& odd) {
     const auto words = Vec::load_i32(at + p * kBlock * kPairBytes);
@@ -23,14 +29,16 @@ struct Bf16 {
   }
 };
 
-struct Int8 {
+struct Int8 : InOrder {
   static constexpr int kPairBytes = 2;
   static constexpr bool kOrdered = true, kBf16 = true;
   template <class V>
-  static auto pairs(const uint8_t* at, int p) {
-    Vec::F32 first, second;
-    decode_pairs(at, p, first, second);
-    return V::to_pairs(first, second);
+  static void pairs(const uint8_t* block, int p, typename V::I32 (&to)[2]) {
+    for (int half = 0; half < 2; ++half) {
+      Vec::F32 first, second;
+      decode_pairs(block + half * kTileRows * kPairBytes, p, first, second);
+      to[half] = V::to_pairs(first, second);
+    }
   }
   static void decode_pairs(const uint8_t* at, int p, Vec::F32& first, Vec::F32& second) {
     first = Vec::to_f32(Vec::load_i8(at + p * kBlock * kPairBytes));
@@ -74,8 +82,12 @@ struct Nibbles {
   static constexpr int kPairBytes = 1;
   static constexpr bool kOrdered = false, kBf16 = true;
   template <class V>
-  static auto pairs(const uint8_t* at, int p) {
-    return V::look_up_pairs(at + p * kBlock, Levels::kLevels);
+  static void pairs(const uint8_t* block, int p, typename V::I32 (&to)[2]) {
+    V::look_up_pairs(block + p * kBlock, Levels::kLevels, to[0], to[1]);
+  }
+  template <class V>
+  static void unmix(typename V::F32& a, typename V::F32& b) {
+    V::unmix_rows(a, b);
   }
   static void decode(const uint8_t* at, int p, Vec::F32& even, Vec::F32& odd) {
     const auto words = Vec::load_i8(at + p * kBlock);

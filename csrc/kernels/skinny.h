@@ -78,28 +78,63 @@ inline void skinny_pair(const Weights<R>& weights, const uint8_t* codes, int p, 
   }
 }
 
-// acc += the products of pair p + odd of a block and 16 rows c of W; x(row) points at the activations of the pair. Two
-// sums each, so that one addition need not wait for the other.
+// Sums of a block row: [half of its 32 rows c][row of x][two, so that one addition need not wait for the other].
+template <int Rows>
+using SkinnySums = Vec::F32[kStripTiles][Rows][2];
+
+// acc += the products of pairs p and p + 1 of a block; x(row, pair) points at the activations.
 template <class R, int Rows, class X>
-inline void skinny_step(const Weights<R>& weights, const uint8_t* codes, int p, int odd, const X& x,
-                        Vec::F32 (&acc)[Rows][2]) {
-  if constexpr (kMultipliesPairs<R>) {
-    const auto pairs = R::Codes::template pairs<Vec>(codes, p + odd);
-#pragma GCC unroll 4
-    for (int r = 0; r < Rows; ++r) acc[r][odd] = Mac::madd(acc[r][odd], Mac::broadcast_left(x(r), 0), pairs);
-  } else {
-    Vec::F32 first, second;
-    skinny_pair<R>(weights, codes, p + odd, first, second);
+inline void multiply_pairs(const uint8_t* block, int p, const X& x, SkinnySums<Rows>& acc) {
+#pragma GCC unroll 2
+  for (int odd = 0; odd < 2; ++odd) {
+    Vec::I32 pairs[kStripTiles];
+    R::Codes::template pairs<Vec>(block, p + odd, pairs);
 #pragma GCC unroll 4
     for (int r = 0; r < Rows; ++r) {
-      if constexpr (R::Codes::kOrdered) {
-        const Vec::F32 pair = Vec::broadcast2(x(r));
-        acc[r][0] = Vec::fma(first, pair, acc[r][0]);
-        acc[r][1] = Vec::fma(second, pair, acc[r][1]);
+      const auto pair = Mac::broadcast_left(x(r, p + odd), 0);
+#pragma GCC unroll 2
+      for (int half = 0; half < kStripTiles; ++half)
+        acc[half][r][odd] = Mac::madd(acc[half][r][odd], pair, pairs[half]);
+    }
+  }
+}
+
+// acc += the products of pair p of 16 rows of a block.
+template <class R, int Rows, class X>
+inline void multiply_lanes(const Weights<R>& weights, const uint8_t* codes, int p, const X& x,
+                           Vec::F32 (&acc)[Rows][2]) {
+  Vec::F32 first, second;
+  skinny_pair<R>(weights, codes, p, first, second);
+#pragma GCC unroll 4
+  for (int r = 0; r < Rows; ++r) {
+    if constexpr (R::Codes::kOrdered) {
+      const Vec::F32 pair = Vec::broadcast2(x(r, p));
+      acc[r][0] = Vec::fma(first, pair, acc[r][0]);
+      acc[r][1] = Vec::fma(second, pair, acc[r][1]);
+    } else {
+      acc[r][0] = Vec::fma(first, Vec::broadcast(x(r, p)[0]), acc[r][0]);
+      acc[r][1] = Vec::fma(second, Vec::broadcast(x(r, p)[1]), acc[r][1]);
+    }
+  }
+}
+
+// out[row][c] += scale of c times the sums.
+template <class R, int Rows>
+inline void add_sums(const SkinnySums<Rows>& acc, const BlockScales<R>& scales, float* out, int64_t ldo) {
+  for (int r = 0; r < Rows; ++r) {
+    Vec::F32 sums[kStripTiles];
+    for (int half = 0; half < kStripTiles; ++half) {
+      if constexpr (R::Codes::kOrdered && !kMultipliesPairs<R>) {
+        sums[half] = Vec::add_pairs(acc[half][r][0], acc[half][r][1]);
       } else {
-        acc[r][0] = Vec::fma(first, Vec::broadcast(x(r)[0]), acc[r][0]);
-        acc[r][1] = Vec::fma(second, Vec::broadcast(x(r)[1]), acc[r][1]);
+        sums[half] = Vec::add(acc[half][r][0], acc[half][r][1]);
       }
+    }
+    if constexpr (kMultipliesPairs<R>) R::Codes::template unmix<Vec>(sums[0], sums[1]);
+    for (int half = 0; half < kStripTiles; ++half) {
+      float* to = out + r * ldo + half * kTileRows;
+      if constexpr (kScalesSums<R>) sums[half] = Vec::mul(sums[half], scales.scale(half, 0));
+      Vec::store(to, Vec::add(Vec::load(to), sums[half]));
     }
   }
 }
@@ -113,33 +148,22 @@ inline void skinny_forward(const PackedMatrix& w, int nb, int kb0, int blocks, c
   const uint8_t* block = w.block(nb, kb0);
   for (int b = 0, stop = min_int(blocks, group - kb0 % group); b < blocks; stop = min_int(blocks, stop + group)) {
     const BlockScales<R> scales(w, nb, kb0 + b);
-    Vec::F32 acc[kStripTiles][Rows][2];
+    SkinnySums<Rows> acc;
     for (int i = 0; i < kStripTiles * Rows * 2; ++i) acc[i / 2 / Rows][i / 2 % Rows][i % 2] = Vec::zero();
     for (; b < stop; ++b, block += R::kBlockBytes) {
       stream.prefetch<R::kBlockBytes>(block);
-      const Weights<R> weights[kStripTiles] = {{w, nb, kb0 + b, 0}, {w, nb, kb0 + b, 1}};
-      for (int p = 0; p < kPairs; p += 2)
-#pragma GCC unroll 4
-        for (int i = 0; i < 2 * kStripTiles; ++i) {
-          const int half = i % kStripTiles, odd = i / kStripTiles;
-          skinny_step<R, Rows>(
-              weights[half], block + half * kTileRows * Codes::kPairBytes, p, odd,
-              [&](int r) { return x.pair<R>(r, b, p + odd); }, acc[half]);
-        }
-    }
-    for (int half = 0; half < kStripTiles; ++half) {
-      for (int r = 0; r < Rows; ++r) {
-        Vec::F32 sum;
-        if constexpr (Codes::kOrdered && !kMultipliesPairs<R>) {
-          sum = Vec::add_pairs(acc[half][r][0], acc[half][r][1]);
-        } else {
-          sum = Vec::add(acc[half][r][0], acc[half][r][1]);
-        }
-        float* to = out + r * ldo + half * kTileRows;
-        if constexpr (kScalesSums<R>) sum = Vec::mul(sum, scales.scale(half, 0));
-        Vec::store(to, Vec::add(Vec::load(to), sum));
+      const auto pair = [&](int row, int p) { return x.pair<R>(row, b, p); };
+      if constexpr (kMultipliesPairs<R>) {
+        for (int p = 0; p < kPairs; p += 2) multiply_pairs<R, Rows>(block, p, pair, acc);
+      } else {
+        const Weights<R> weights[kStripTiles] = {{w, nb, kb0 + b, 0}, {w, nb, kb0 + b, 1}};
+        for (int p = 0; p < kPairs; ++p)
+#pragma GCC unroll 2
+          for (int half = 0; half < kStripTiles; ++half)
+            multiply_lanes<R, Rows>(weights[half], block + half * kTileRows * Codes::kPairBytes, p, pair, acc[half]);
       }
     }
+    add_sums<R, Rows>(acc, scales, out, ldo);
   }
 }
 

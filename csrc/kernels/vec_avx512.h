@@ -81,11 +81,22 @@ struct Vec {
 #ifdef __AVX512BF16__
   // 16 pairs of bf16 from their values in memory order.
   static I32 to_pairs(F32 first, F32 second) { return (I32)_mm512_cvtne2ps_pbh(second, first); }
-  // (levels[low nibble], levels[high nibble]) of 16 bytes, as pairs of bf16.
-  static I32 look_up_pairs(const void* bytes, const float* levels) {
-    const __m256i table = _mm512_cvtepi32_epi16(_mm512_srli_epi32(bits(load(levels)), 16));
-    const I32 words = load_u8(bytes);  // an index is five bits: the fifth picks between two copies of the table
-    return _mm512_permutexvar_epi16(bit_or(words, shift_left<12>(words)), _mm512_broadcast_i64x4(table));
+  // (levels[low nibble], levels[high nibble]) of 32 bytes, as pairs of bf16: bytes 0 to 3 of every eight, then 4 to 7.
+  static void look_up_pairs(const void* bytes, const float* levels, I32& first, I32& second) {
+    const __m256i half = _mm512_cvtepi32_epi16(_mm512_srli_epi32(_mm512_castps_si512(load(levels)), 16));
+    const I32 table = _mm512_broadcast_i64x4(half);  // an index is five bits: the fifth picks between two copies
+    const I32 low = _mm512_cvtepu8_epi16(_mm256_loadu_si256(static_cast<const __m256i*>(bytes)));
+    const I32 high = _mm512_srli_epi16(low, 4);
+    first = _mm512_permutexvar_epi16(_mm512_unpacklo_epi16(low, high), table);
+    second = _mm512_permutexvar_epi16(_mm512_unpackhi_epi16(low, high), table);
+  }
+  // From the order of look_up_pairs to that of memory.
+  static void unmix_rows(F32& a, F32& b) {
+    const I32 first = _mm512_setr_epi64(0, 1, 8, 9, 2, 3, 10, 11);
+    const I32 second = _mm512_setr_epi64(4, 5, 12, 13, 6, 7, 14, 15);
+    const __m512d low = _mm512_castps_pd(a), high = _mm512_castps_pd(b);
+    a = _mm512_castpd_ps(_mm512_permutex2var_pd(low, first, high));
+    b = _mm512_castpd_ps(_mm512_permutex2var_pd(low, second, high));
   }
 #endif
 
