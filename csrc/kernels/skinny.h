@@ -1,7 +1,8 @@
 // Products of a few activation rows (decoding a token, thinly used experts), which are bound by reading the codes: the
-// codes are streamed once in the order in which they lie, multiplied in fp32 lanes without being written anywhere, and
-// scales are applied to sums instead of to codes where one scale serves a block's columns. Here a weight is its value
-// in fp32, not rounded to bf16. Included inside the variant's namespace after gemm.h's packing.
+// codes are streamed once in the order in which they lie, multiplied without being written anywhere, and scales are
+// applied to sums instead of to codes where one scale serves a block's columns. Forward products multiply bf16 pairs
+// where the instruction set does and bf16 holds the codes exactly; all others multiply fp32 lanes. Here a weight is its
+// value in fp32, not rounded to bf16. Included inside the variant's namespace after gemm.h's packing.
 #pragma once
 
 constexpr int kSkinnySteps = 4096;     // reduction steps converted at once: 4 rows x 16 KiB
