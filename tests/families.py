@@ -254,7 +254,11 @@ def loss_of(logits: torch.Tensor) -> torch.Tensor:
 
 def lora_errors(model: Any, reference: Any) -> tuple[float, dict[str, float]]:
     """RMS ratios of the logits, and of every LoRA gradient by name, to those of the dense ``reference``."""
-    tuned = with_lora(model).eval()
+    return errors_of(with_lora(model).eval(), reference)
+
+
+def errors_of(tuned: Any, reference: Any) -> tuple[float, dict[str, float]]:
+    """The same of a model that has its LoRA layers (alpha is twice the rank)."""
     weights, leaves = dense_weights(tuned, reference)
     expected = torch.func.functional_call(reference, weights, (token_ids(),)).logits
     loss_of(expected).backward()
