@@ -37,6 +37,7 @@ from . import blocks_fused, blocks_v4, ruled
 from .names import hub_names, locate
 from .source import readable_weights, unquantised_configurations
 from .spec import MoeSpec, describe_fused, describe_list, fused_biases, fused_expert, is_fused
+from .summary import formats_in_words
 
 logger = logging.getLogger(__name__)
 
@@ -262,7 +263,7 @@ def _cores() -> int:
 def _finish(model: Any) -> None:
     experts = [m for m in model.modules() if isinstance(m, KtExperts)]
     size = sum(m.packed.nbytes for m in experts) / 2**30
-    logger.info("%d layers of experts packed as %s: %.2f GiB", len(experts), experts[0].packed.weight_format, size)
+    logger.info("%d layers of experts packed as %s: %.2f GiB", len(experts), formats_in_words(model), size)
     model.save_pretrained = MethodType(_refuse_save, model)
     _warn_of_attention(model.config)
 
