@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 
 from kt_sft.models.convert import from_pretrained
@@ -17,6 +18,7 @@ from kt_sft.weights.checkpoint import INDEX
 from kt_sft.weights.formats import open_checkpoint
 from tests.families import FAMILIES, save_checkpoint, tiny_model
 
+WIDE = 10**9 if transformers.__version__ >= "5" else 10**5  # 4 allocates each matrix before it forgets it
 EXPERT_3 = "model.layers.0.mlp.experts.3.gate_proj.weight"
 
 
@@ -55,8 +57,8 @@ ABSURD: list[tuple[dict[str, Any], str]] = [
     ({"num_experts_per_tok": 9}, r"num_experts_per_tok: expected 1 to 8 \(experts\), got 9"),
     ({"num_hidden_layers": 10**6}, "num_hidden_layers: expected 1 to 2, as the tensors have, got 1000000"),
     ({"num_hidden_layers": 0}, "num_hidden_layers: expected 1 to 2"),
-    ({"hidden_size": 10**9}, r"safetensors: tensor '.*gate_proj.weight': expected shape \[40, 1000000000\], got"),
-    ({"moe_intermediate_size": 10**9}, r"gate_proj.weight': expected shape \[1000000000, 64\], got \[40, 64\]"),
+    ({"hidden_size": WIDE}, rf"safetensors: tensor '.*gate_proj.weight': expected shape \[40, {WIDE}\], got"),
+    ({"moe_intermediate_size": WIDE}, rf"gate_proj.weight': expected shape \[{WIDE}, 64\], got \[40, 64\]"),
     ({"text_config": 3}, "text_config: expected a JSON object, got 3"),
 ]
 
