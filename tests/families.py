@@ -198,6 +198,7 @@ def rms_ratio(got: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 STACKS = (("gate_up_proj", "down_proj"), ("w_in", "w_out"))  # of transformers 5, and of tests/models/remote_model.py
+OTHER_NAMES = {"w1": "w_gate", "w3": "w_up", "w2": "w_down"}  # what that model calls them itself
 
 
 def dense_weights(tuned: Any, reference: Any, scaling: float = 2.0) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -229,6 +230,8 @@ def dense_weights(tuned: Any, reference: Any, scaling: float = 2.0) -> tuple[dic
                 delta = torch.stack(halves, 2).flatten(1, 2) if alternate else torch.cat(halves, dim=1)
             weights[key] = weights[key] + (delta if delta.shape == weights[key].shape else delta.mT)
         else:
+            if f"{base}.0.{projection}.weight" not in weights:
+                projection = OTHER_NAMES[projection]
             for e in range(delta.shape[0]):
                 weights[f"{base}.{e}.{projection}.weight"] = weights[f"{base}.{e}.{projection}.weight"] + delta[e]
     return weights, leaves
