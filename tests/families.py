@@ -87,7 +87,9 @@ ALL: dict[str, tuple[str, dict[str, Any]]] = {
                 **dict(head_dim=16, interleave_moe_layer_step=1),
             },
             vision_config={
-                **dict(hidden_size=32, intermediate_size=128, num_hidden_layers=1, num_attention_heads=2, image_size=28),
+                **dict(
+                    hidden_size=32, intermediate_size=128, num_hidden_layers=1, num_attention_heads=2, image_size=28
+                ),
                 **dict(vision_output_dim=32, projector_input_dim=32, projector_output_dim=32),
             },
             **dict(boi_token_index=90, eoi_token_index=91, image_token_index=92),

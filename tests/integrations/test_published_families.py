@@ -59,9 +59,7 @@ def train(workspace: Any, folder: Path, names: tuple[str, ...]) -> tuple[Any, di
     jobs = []
     for name in names:
         model, twin, changes = remote(folder) if name == "remote" else published(folder / name, name)
-        args = workspace.training(
-            f"family_{name}", model_name_or_path=str(model), max_steps=2, save_steps=2, **changes
-        )
+        args = workspace.training(f"family_{name}", model_name_or_path=str(model), max_steps=2, save_steps=2, **changes)
         jobs.append({"verb": "train", "args": args})
         exact = args | {"bf16": False, "lora_dropout": 0.0, "reference": str(twin)}
         jobs.append({"verb": "compare", "args": exact})

@@ -92,7 +92,7 @@ def drop(folder: Path, part: str) -> None:
 
 def test_the_last_expert_is_missing(folder: Path) -> None:
     drop(folder, ".experts.7.")
-    with pytest.raises(ValueError, match="num_experts: expected 7, as the tensors have, got 8; .* files are missing"):
+    with pytest.raises(ValueError, match=r"num_experts: expected 7, as the tensors have, got 8; .* files are missing"):
         from_pretrained(folder, cache_dir="none")
 
 

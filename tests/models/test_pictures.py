@@ -12,7 +12,16 @@ from torch import Tensor
 
 from kt_sft.models.convert import from_pretrained
 from kt_sft.nn.experts import KtExperts
-from tests.families import FAMILIES, errors_of, rms_ratio, save_checkpoint, stock_model, tiny_model, token_ids, with_lora
+from tests.families import (
+    FAMILIES,
+    errors_of,
+    rms_ratio,
+    save_checkpoint,
+    stock_model,
+    tiny_model,
+    token_ids,
+    with_lora,
+)
 
 START, END, IMAGE, VIDEO = 92, 93, 94, 95  # token ids
 TOWERS = {  # layers of the vision tower that get LoRA
