@@ -60,7 +60,7 @@ def compared(workspace: Any) -> tuple[Any, dict[str, Any]]:
     for name, template in TEMPLATES.items():
         kept = {"kt_expert_weight_format": "auto" if name == "mxfp4" else "bf16"}
         common = {"max_steps": 2, "save_steps": 2, "lora_dropout": 0.0, "kt_config": kept}
-        args = workspace.training(f"family_{name}", model_name_or_path=str(made[name]), template=template, **common)
+        args = workspace.training(f"stacks_{name}", model_name_or_path=str(made[name]), template=template, **common)
         reference = str(made["mxfp4_twin" if name == "mxfp4" else name])
         jobs.append({"verb": "train", "args": args})
         jobs.append({"verb": "compare", "args": args | {"bf16": False, "reference": reference}})
@@ -82,9 +82,9 @@ def test_logits_and_lora_gradients_are_those_of_transformers(compared: Any, name
 
 @pytest.mark.parametrize(("name", "block"), [("bf16", "mlp"), ("mxfp4", "mlp"), ("llama4", "feed_forward")])
 def test_two_steps_with_every_expert_adapted(runs: Any, name: str, block: str) -> None:
-    losses = runs.losses(f"family_{name}")
+    losses = runs.losses(f"stacks_{name}")
     assert sorted(losses) == [1, 2] and all(0 < loss < 20 for loss in losses.values())
-    adapter = runs.adapter(f"family_{name}")
+    adapter = runs.adapter(f"stacks_{name}")
     experts = [
         key for key in adapter if re.search(rf"layers\.[01]\.{block}\.experts\.\d\.(gate|up|down)_proj\.lora_B", key)
     ]
@@ -94,4 +94,4 @@ def test_two_steps_with_every_expert_adapted(runs: Any, name: str, block: str) -
 
 
 def test_mxfp4_is_another_model_than_bf16(runs: Any) -> None:
-    assert runs.losses("family_mxfp4")[1] != runs.losses("family_bf16")[1]
+    assert runs.losses("stacks_mxfp4")[1] != runs.losses("stacks_bf16")[1]
