@@ -87,7 +87,9 @@ ALL: dict[str, tuple[str, dict[str, Any]]] = {
                 **dict(head_dim=16, interleave_moe_layer_step=1),
             },
             vision_config={
-                **dict(hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, image_size=28),
+                **dict(
+                    hidden_size=32, intermediate_size=128, num_hidden_layers=1, num_attention_heads=2, image_size=28
+                ),
                 **dict(vision_output_dim=32, projector_input_dim=32, projector_output_dim=32),
             },
             **dict(boi_token_index=90, eoi_token_index=91, image_token_index=92),
@@ -149,11 +151,12 @@ def auto_class(config: Any) -> Any:
     return AutoModelForImageTextToText if hasattr(config, "vision_config") else AutoModelForCausalLM
 
 
-def stock_model(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
+def stock_model(folder: Path, dtype: torch.dtype = torch.float32, **options: Any) -> Any:
     """The checkpoint as unmodified transformers loads it."""
     from transformers import AutoConfig
 
-    return auto_class(AutoConfig.from_pretrained(folder)).from_pretrained(folder, dtype=dtype).eval()
+    config = AutoConfig.from_pretrained(folder, **options)
+    return auto_class(config).from_pretrained(folder, dtype=dtype, **options).eval()
 
 
 def tiny_model(family: str, seed: int = 0, dtype: torch.dtype = torch.float32, **overrides: Any) -> Any:
@@ -197,6 +200,7 @@ def rms_ratio(got: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 STACKS = (("gate_up_proj", "down_proj"), ("w_in", "w_out"))  # of transformers 5, and of tests/models/remote_model.py
+OTHER_NAMES = {"w1": "w_gate", "w3": "w_up", "w2": "w_down"}  # what that model calls them itself
 
 
 def dense_weights(tuned: Any, reference: Any, scaling: float = 2.0) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -228,37 +232,49 @@ def dense_weights(tuned: Any, reference: Any, scaling: float = 2.0) -> tuple[dic
                 delta = torch.stack(halves, 2).flatten(1, 2) if alternate else torch.cat(halves, dim=1)
             weights[key] = weights[key] + (delta if delta.shape == weights[key].shape else delta.mT)
         else:
+            if f"{base}.0.{projection}.weight" not in weights:
+                projection = OTHER_NAMES[projection]
             for e in range(delta.shape[0]):
                 weights[f"{base}.{e}.{projection}.weight"] = weights[f"{base}.{e}.{projection}.weight"] + delta[e]
     return weights, leaves
 
 
-def with_lora(model: Any, **options: Any) -> Any:
-    """LoRA of rank 4 with random factors on attention and every expert."""
+def with_lora(model: Any, more: tuple[str, ...] = (), **options: Any) -> Any:
+    """LoRA of rank 4 with random factors on attention, every expert and ``more`` modules."""
     from peft import LoraConfig, get_peft_model
 
     from kt_sft.integrations import peft as kt_peft
 
     kt_peft.install()
-    targets = ["q_proj", "o_proj", "kv_b_proj", *kt_peft.expert_target_names(model)]
-    if any("vision_model." in name for name, _ in model.named_modules()):  # no test shows a picture
+    targets = ["q_proj", "o_proj", "kv_b_proj", *kt_peft.expert_target_names(model), *more]
+    if not more and any("vision_model." in name for name, _ in model.named_modules()):  # only pictures train it
         options["exclude_modules"] = r"(.*\.)?vision_model\..*"
     config = LoraConfig(r=4, lora_alpha=8, target_modules=targets, init_lora_weights=False, **options)
     torch.manual_seed(5)  # no routing near-tie that bf16 products would flip
     return get_peft_model(model, config)
 
 
-def loss_of(logits: torch.Tensor) -> torch.Tensor:
-    return torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), token_ids()[:, 1:].flatten())
+def loss_of(logits: torch.Tensor, ids: torch.Tensor | None = None) -> torch.Tensor:
+    ids = token_ids() if ids is None else ids
+    return torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
 
 
 def lora_errors(model: Any, reference: Any) -> tuple[float, dict[str, float]]:
     """RMS ratios of the logits, and of every LoRA gradient by name, to those of the dense ``reference``."""
-    tuned = with_lora(model).eval()
+    return errors_of(with_lora(model).eval(), reference)
+
+
+def errors_of(tuned: Any, reference: Any, **inputs: torch.Tensor) -> tuple[float, dict[str, float]]:
+    """The same of a model that has its LoRA layers (alpha is twice the rank), for ``inputs`` other than some text."""
+    inputs = inputs or {"input_ids": token_ids()}
     weights, leaves = dense_weights(tuned, reference)
-    expected = torch.func.functional_call(reference, weights, (token_ids(),)).logits
-    loss_of(expected).backward()
-    got = tuned(token_ids()).logits
-    loss_of(got).backward()
-    gradients = {n: p.grad for n, p in tuned.named_parameters() if p.requires_grad}
-    return rms_ratio(got.detach(), expected.detach()), {n: rms_ratio(g, leaves[n].grad) for n, g in gradients.items()}
+    expected = torch.func.functional_call(reference, weights, (), inputs).logits
+    loss_of(expected, inputs["input_ids"]).backward()
+    got = tuned(**inputs).logits
+    loss_of(got, inputs["input_ids"]).backward()
+    errors = {}
+    for name, parameter in tuned.named_parameters():
+        if parameter.requires_grad:  # nothing reaches GLM-5's indexer, which only chooses
+            neither = parameter.grad is None and leaves[name].grad is None
+            errors[name] = 0.0 if neither else rms_ratio(parameter.grad, leaves[name].grad)
+    return rms_ratio(got.detach(), expected.detach()), errors

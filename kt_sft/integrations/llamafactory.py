@@ -204,8 +204,9 @@ def _local_checkpoint(loader: Any, model_args: Any) -> str:
 
 
 def describe(model: Any) -> str:
-    """One line: how many layers and experts are packed, in which format and size, on which kernels."""
+    """One line: how many layers and experts are packed, in which formats and size, on which kernels."""
     from kt_sft import native
+    from kt_sft.models.summary import formats_in_words
     from kt_sft.nn.experts import KtExperts
 
     packed = [module.packed for module in model.modules() if isinstance(module, KtExperts)]
@@ -218,7 +219,7 @@ def describe(model: Any) -> str:
     threads = f"{info['threads']} thread{'s' if info['threads'] > 1 else ''}"
     return (
         f"kt_sft: {len(packed)} layers x {'/'.join(map(str, experts))} experts ({parameters:.3g}B parameters, not in "
-        f"the counts above) packed as {packed[0].weight_format}, {gib:.2f} GiB in host memory; "
+        f"the counts above) packed as {formats_in_words(model)}, {gib:.2f} GiB in host memory; "
         f"{info['isa']} kernels, {threads}."
     )
 

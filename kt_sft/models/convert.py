@@ -31,12 +31,13 @@ from ..distributed.place import threads_of_rank
 from ..nn.experts import KtExperts
 from ..ops import PackedExperts
 from ..weights.checkpoint import Checkpoint, ExpertTensors
-from ..weights.formats import open_checkpoint
+from ..weights.formats import ExpertReader, open_checkpoint
 from ..weights.loader import load_experts
 from . import blocks_fused, blocks_v4, ruled
 from .names import hub_names, locate
 from .source import readable_weights, unquantised_configurations
 from .spec import MoeSpec, describe_fused, describe_list, fused_biases, fused_expert, is_fused
+from .summary import formats_in_words
 
 logger = logging.getLogger(__name__)
 
@@ -99,6 +100,8 @@ def experts_on_cpu(
         if not (config.family_rules and loading and type(self) is not loading[-1]):
             swap_experts(self, config, ruled_tensors(model_dir, config, revision))
             _ignore_expert_keys(self, config)
+            if loading and type(self) is loading[-1]:
+                _require_sizes(self, model_dir, config, revision)
         post_init(self)
 
     def from_pretrained_and_fill(cls: type, name: Any = None, *args: Any, **kwargs: Any) -> Any:
@@ -263,7 +266,7 @@ def _cores() -> int:
 def _finish(model: Any) -> None:
     experts = [m for m in model.modules() if isinstance(m, KtExperts)]
     size = sum(m.packed.nbytes for m in experts) / 2**30
-    logger.info("%d layers of experts packed as %s: %.2f GiB", len(experts), experts[0].packed.weight_format, size)
+    logger.info("%d layers of experts packed as %s: %.2f GiB", len(experts), formats_in_words(model), size)
     model.save_pretrained = MethodType(_refuse_save, model)
     _warn_of_attention(model.config)
 
@@ -300,6 +303,19 @@ def expert_tensors(
             f"{', '.join(tensors.names())}, got {found}; use a checkpoint of this model"
         )
     return tensors
+
+
+def _require_sizes(model: Any, model_dir: StrPath, config: KtConfig, revision: str | None) -> None:
+    """Raise ValueError, before transformers allocates anything, unless every layer's experts have config.json's sizes.
+
+    Only the first expert of each is looked at.
+    """
+    checkpoint = open_checkpoint(local_path(config.expert_checkpoint_path or model_dir, revision))
+    for path, m in model.named_modules():
+        if isinstance(m, KtExperts):
+            tensors = expert_tensors(path, m, model, checkpoint, config)
+            count = m.num_experts if tensors.stacked else 1
+            ExpertReader(checkpoint, tensors, count, m.hidden_size, m.intermediate_size).require()
 
 
 def ruled_tensors(model_dir: StrPath, config: KtConfig, revision: str | None) -> ruled.Source | None:

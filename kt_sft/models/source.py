@@ -18,8 +18,10 @@ from pathlib import Path
 from typing import Any
 
 from ..config import KtConfig
+from ..weights.checkpoint import read_settings
 from ..weights.formats import open_checkpoint
 from ..weights.plain import passing_copy, plain_copy, quantised_matrices
+from .fitting import require_fitting
 
 # The checkpoint's architectures entry says so too: DeepseekV3ForCausalLM.
 SAME_AS = {"kimi_k2": "deepseek_v3"}
@@ -43,6 +45,8 @@ def unquantised_configurations() -> Iterator[None]:
     stock = base.__dict__["get_config_dict"]
 
     def get_config_dict(cls: type, name: Any, *args: Any, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+        if name is not None:
+            read_settings(Path(name))  # transformers would stumble over what is no JSON object
         config, rest = stock.__func__(cls, name, *args, **kwargs)
         for owner in (config, config.get("text_config")):
             if isinstance(owner, dict):
@@ -67,7 +71,8 @@ def readable_weights(name: Any, local: Callable[[Any], str], config: KtConfig) -
     ``local`` gives the folder of a model's name.
 
     Raises:
-        ValueError: something beside the experts is quantised in a way that cannot be read.
+        ValueError: config.json and the tensors are not of one model, or something beside the experts is quantised in
+            a way that cannot be read.
         OSError: the copy cannot be written.
     """
 
@@ -79,6 +84,7 @@ def readable_weights(name: Any, local: Callable[[Any], str], config: KtConfig) -
         yield name
         return
     checkpoint = open_checkpoint(folder)
+    require_fitting(checkpoint)
     if not checkpoint.quantization_config or not quantised_matrices(checkpoint, is_expert):
         yield name
     elif config.cache_folder is None:

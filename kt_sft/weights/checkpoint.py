@@ -199,8 +199,14 @@ class Checkpoint:
         for shard in self.shards:
             entries, self.headers[shard] = read_header(shard)
             for name, entry in entries.items():
-                if weight_map is not None and weight_map.get(name) != shard.name:
+                place = shard.name if weight_map is None else weight_map.get(name)
+                if place is None:
                     continue
+                if place != shard.name:
+                    raise ValueError(
+                        f"{shard}: tensor {name!r}: expected in {place} only, as {INDEX} says, got it here; "
+                        "files of two versions of the model may be mixed: download it again"
+                    )
                 if name in self._entries:
                     raise ValueError(f"{shard}: tensor {name!r} is also in {self._entries[name].file.name}")
                 self._entries[name] = entry
@@ -259,26 +265,43 @@ class Checkpoint:
         return _read(name, replace(entry, dtype="U8"), entry.start + (index or 0) * nbytes, nbytes, (nbytes,))
 
     @cached_property
+    def settings(self) -> dict[str, Any]:
+        """config.json; empty if there is none. Raises ValueError if it is not a JSON object."""
+        return read_settings(self.folder)
+
+    @cached_property
     def quantization_config(self) -> dict[str, Any]:
         """What config.json says about the quantisation; empty if nothing.
 
         Raises ValueError if config.json is not a JSON object.
         """
-        path = self.folder / "config.json"
-        if not path.is_file():
-            return {}
-        try:
-            config = json.loads(path.read_bytes())
-        except (OSError, ValueError, RecursionError) as error:
-            raise ValueError(f"{path}: expected a JSON object, got {error}") from None
-        if not isinstance(config, dict):
-            raise ValueError(f"{path}: expected a JSON object, got {type(config).__name__}")
+        config = self.settings
         text = config.get("text_config")
         for owner in (config, text if isinstance(text, dict) else {}):
             found = owner.get("quantization_config") or owner.get("compression_config")
             if isinstance(found, dict):
                 return found
         return {}
+
+
+def read_settings(folder: Path) -> dict[str, Any]:
+    """The folder's config.json; empty if there is none.
+
+    Raises ValueError if it, or the text_config in it, is not a JSON object.
+    """
+    path = folder / "config.json"
+    if not path.is_file():
+        return {}
+    try:
+        config = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: expected a JSON object, got {error}") from None
+    if not isinstance(config, dict):
+        raise ValueError(f"{path}: expected a JSON object, got {type(config).__name__}")
+    text = config.get("text_config")
+    if text is not None and not isinstance(text, dict):
+        raise ValueError(f"{path}: text_config: expected a JSON object, got {text!r}")
+    return config
 
 
 def _read(name: str, entry: TensorEntry, start: int, nbytes: int, shape: tuple[int, ...]) -> Tensor:

@@ -42,7 +42,7 @@ from . import packed_form
 from .cache import NEAREST, CacheMiss, CacheSpec, PackedWriter, build_lock, open_packed
 from .checkpoint import Checkpoint, ExpertTensors
 from .formats import ExpertReader, open_checkpoint
-from .packed_form import choose_layout, format_of, wanted
+from .packed_form import choose_layout, format_of, report_requantised, wanted
 from .placement import on_nodes
 from .quantized import QuantizedWeight
 
@@ -117,6 +117,7 @@ class Job:
         """The same with the format of every matrix, which the first expert of every layer decides."""
         first = [(name, reader.read(self.held.start)) for name, reader in self.readers.items()]
         layouts = tuple(choose_layout(name, weights, self.config) for name, weights in first)
+        report_requantised((weights for _, weights in first), self.config)
         return replace(self, spec=replace(self.spec, layouts=layouts, rounding=self.spec.rounding or NEAREST))
 
     def layout(self, layer: str) -> Layout:

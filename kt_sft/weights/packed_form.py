@@ -5,7 +5,9 @@ A matrix that none of the formats holds (GPTQ with act-order, GGUF's rarer types
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import logging
+from collections import Counter
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
@@ -17,6 +19,8 @@ from .encode import ENCODED, encode, encoded_format
 from .formats import ExpertWeights
 from .gguf_blocks import BLOCKS, affine_scales, q6_k_scales
 from .quantized import QuantizedWeight
+
+logger = logging.getLogger(__name__)
 
 _BLOCK = 32  # rows and columns of a packed block
 _SUPER_SCALES: dict[str, Callable[[Tensor], list[Tensor]]] = {
@@ -93,6 +97,31 @@ def choose_layout(layer: str, first: ExpertWeights, config: KtConfig) -> Layout:
         return stored
 
     return chosen("gate", first.gate), chosen("up", first.up), chosen("down", first.down)
+
+
+def report_requantised(layers: Iterable[ExpertWeights], config: KtConfig) -> None:
+    """Log which stored formats ``auto`` cannot keep, and in how many layers."""
+    if config.weight_format != "auto":
+        return
+    found: Counter[str] = Counter()
+    for weights in layers:
+        parts = (weights.gate, weights.up, weights.down)
+        found.update({_in_words(part) for part in parts if part.kind != "float" and format_of(part) is None})
+    for stored, count in found.items():
+        logger.warning(
+            "%d layer%s stored as %s, which no packed format holds: packed as %s instead (SQNR of every layer below); "
+            "kt_expert_weight_format: bf16 keeps more of it, in more memory",
+            *(count, "s are" if count > 1 else " is", stored, _OTHERWISE),
+        )
+
+
+def _in_words(weight: QuantizedWeight) -> str:
+    if weight.column_groups is not None:
+        return f"{weight.kind} with act-order (g_idx)"
+    if weight.scales is None:
+        return weight.kind
+    dtype = str(weight.scales.dtype).removeprefix("torch.")
+    return f"{weight.kind} with {dtype} scales per {weight.block[0]} x {weight.block[1]}"
 
 
 def _acceptable(setting: str) -> str:

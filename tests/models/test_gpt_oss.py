@@ -32,14 +32,18 @@ def read_all(folder: Path) -> dict[str, Tensor]:
     return {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
 
 
-def fused(source: Path, layers: dict[str, ExpertTensors], biases: dict[str, Tensor]) -> dict[str, Tensor]:
+def fused(
+    source: Path,
+    layers: dict[str, ExpertTensors],
+    biases: dict[str, Tensor],
+    sizes: tuple[int, int, int] = (E, D, F),
+) -> dict[str, Tensor]:
     """Dequantised experts as transformers has them: transposed, gate and up alternating."""
     tensors = dict(biases)
     for layer, layout in layers.items():
-        reader = ExpertReader(open_checkpoint(source), layout, E, D, F)
-        gate, up, down = (
-            torch.stack(part) for part in zip(*(reader.read(e).dequantize() for e in range(E)), strict=True)
-        )
+        reader = ExpertReader(open_checkpoint(source), layout, *sizes)
+        experts = [reader.read(e).dequantize() for e in range(sizes[0])]
+        gate, up, down = (torch.stack(part) for part in zip(*experts, strict=True))
         tensors[f"{layer}.gate_up_proj"] = torch.stack([gate, up], dim=2).flatten(1, 2).mT
         tensors[f"{layer}.down_proj"] = down.mT
     return {name: tensor.bfloat16().contiguous() for name, tensor in tensors.items()}

@@ -16,8 +16,10 @@ from transformers import AutoModelForCausalLM
 
 from kt_sft.models.convert import convert_model, from_pretrained
 from kt_sft.nn.experts import KtExperts
+from kt_sft.weights.formats import ExpertReader, open_checkpoint
 from tests.families import lora_errors, rms_ratio, tiny_model, token_ids, with_lora
 from tests.models import remote_model
+from tests.models.layouts import fp8_ue8m0
 from tests.weights import published
 
 LIST = {
@@ -138,6 +140,45 @@ def test_quantised_experts_and_a_quantised_rest(tmp_path: Path) -> None:
     assert rms_ratio(logits(model), logits(stock(reference))) < 1e-2
     (copy,) = (path for path in (tmp_path / "cache").iterdir() if path.is_dir())
     assert not any("stalls" in name for shard in copy.glob("*.safetensors") for name in load_file(shard))
+
+
+def test_experts_named_and_stored_as_deepseek_v4_flash_has_them(tmp_path: Path, caplog: Any, capsys: Any) -> None:
+    """MXFP4 under names that are not the model's own; FP8 with ue8m0 scales elsewhere."""
+    folder = write_remote(tmp_path / "model", "loop", inner=96)
+    tensors = load_file(folder / "model.safetensors")
+    weights = {
+        f"layers.{i}.experts": tuple(
+            torch.stack([tensors.pop(f"model.streets.{i}.market.stalls.{e}.{name}.weight") for e in range(8)])
+            for name in ("w_gate", "w_up", "w_down")
+        )
+        for i in range(2)
+    }
+    made = published.mxfp4_deepseek_v4(weights)
+    published_folder, twin = (shutil.copytree(folder, tmp_path / name) for name in ("published", "twin"))
+    elsewhere = {}
+    for name in [name for name in tensors if "q_proj" in name]:
+        parts, values = fp8_ue8m0(tensors[name])
+        scale = parts["weight_scale_inv"].to(torch.float8_e8m0fnu)
+        elsewhere |= {name: parts["weight"], name.replace("weight", "scale"): scale}
+        tensors[name] = values.bfloat16()
+    save_file(tensors | elsewhere | made.tensors, published_folder / "model.safetensors", {"format": "pt"})
+    config = json.loads((folder / "config.json").read_text()) | made.config
+    config["quantization_config"] = made.quantization_config
+    (published_folder / "config.json").write_text(json.dumps(config))
+    for i, layer in enumerate(weights):
+        reader = ExpertReader(open_checkpoint(published_folder), made.layers[layer], 8, 64, 96)
+        for e in range(8):
+            named = zip(("w_gate", "w_up", "w_down"), reader.read(e).dequantize(torch.bfloat16), strict=True)
+            tensors |= {f"model.streets.{i}.market.stalls.{e}.{name}.weight": value for name, value in named}
+    save_file(tensors, twin / "model.safetensors", {"format": "pt"})
+    names = dict(zip(("gate", "up", "down"), ("w1", "w3", "w2"), strict=True))
+    rule = {key: f"layers.{{street}}.ffn.experts.{{expert}}.{name}.weight" for key, name in names.items()}
+    model = ours(published_folder, {"module": LIST["module"], **rule}, weight_format="auto")
+    assert {m.packed.weight_format for m in model.modules() if isinstance(m, KtExperts)} == {"mxfp4"}
+    assert "UNEXPECTED" not in caplog.text + capsys.readouterr().err
+    error, errors = lora_errors(model, stock(twin))
+    assert error < 1e-2 and sum(".stalls." in name for name in errors) == 12
+    assert {name: e for name, e in errors.items() if not e < 2e-2} == {}
 
 
 def test_transposed_and_interleaved_stacks(tmp_path: Path) -> None:

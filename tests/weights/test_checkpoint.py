@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 
 from kt_sft.weights.checkpoint import INDEX, Checkpoint, ExpertTensors, read_header
 
@@ -211,6 +212,27 @@ def test_the_same_tensor_in_two_files(tmp_path):
     (tmp_path / "y.safetensors").write_bytes((tmp_path / "x.safetensors").read_bytes())
     with pytest.raises(ValueError, match=r"'a' is also in x\.safetensors"):
         Checkpoint(tmp_path)
+
+
+def test_a_tensor_that_another_shard_has_too(sharded):
+    shards = {file.name: load_file(file) for file in sharded.glob("*.safetensors")}
+    other = next(name for name, tensors in shards.items() if GATE_0 not in tensors)
+    place = next(name for name, tensors in shards.items() if GATE_0 in tensors)
+    save_file(shards[other] | {GATE_0: shards[place][GATE_0]}, sharded / other)
+    with pytest.raises(ValueError, match=rf"{other}: tensor '{GATE_0}': expected in {place} only, .* got it here"):
+        Checkpoint(sharded)
+
+
+def test_a_tensor_that_the_index_does_not_list(sharded):
+    save_file(load_file(sharded / SHARD_2) | {"other": torch.ones(2)}, sharded / SHARD_2)
+    assert "other" not in Checkpoint(sharded)
+
+
+@pytest.mark.parametrize("text", ["[]", "3", "", "[" * 100000, '{"text_config": 3}', '{"text_config": []}'])
+def test_a_malformed_config(sharded, text):
+    (sharded / "config.json").write_text(text)
+    with pytest.raises(ValueError, match=r"config\.json: (text_config: )?expected a JSON object, got"):
+        _ = Checkpoint(sharded).settings
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,8 @@
 """Checkpoints in every format, loaded: codes and scales reach memory without a rounding, unless asked otherwise."""
 
 import logging
+import math
+import re
 from pathlib import Path
 
 import pytest
@@ -105,6 +107,41 @@ def test_other_groups_formats_and_orders_are_quantised_anew(tmp_path, caplog, ki
         packed = load_experts(made.write(tmp_path), made.layers, config=config, progress=False, **SIZES)[LAYER]
     assert packed.weight_format == settings.get("weight_format", "int8")
     assert any("SQNR" in message for message in caplog.messages)
+
+
+ANEW = {kind: kind.lower() for kind in ("Q2_K", "Q3_K", "Q4_1", "Q5_0", "Q5_1", "IQ4_XS")}
+ANEW["gptq_act_order"] = r"int4 with act-order \(g_idx\)"
+
+
+@pytest.mark.parametrize("kind", ANEW)
+def test_what_no_format_holds_becomes_int8_and_the_log_says_so(tmp_path, caplog, kind):
+    """SQNR: of the reader's values, which are the public dequantisers' (test_formats.py)."""
+    if kind in published.SAFETENSORS:
+        made = published.SAFETENSORS[kind](weights())
+        path, layers = made.write(tmp_path / "model"), made.layers
+    else:
+        path = published.write_gguf(tmp_path / "model.gguf", weights(), kind)
+        layers = published.gguf_layers(weights())
+    with caplog.at_level(logging.INFO, logger="kt_sft"):
+        packed = load_experts(path, layers, config=KtConfig(cache_dir="none"), progress=False, **SIZES)[LAYER]
+    assert packed.weight_format == "int8"
+    (said,) = [record for record in caplog.records if record.levelno == logging.WARNING]
+    assert re.match(rf"1 layer is stored as {ANEW[kind]}, which no packed format holds: packed as int8", said.message)
+    values, _ = stored_values(path, layers, 0)
+    got = [part[0] for part in packed.dequantize(torch.float32)]
+    signal = sum(v.square().sum() for v in values)
+    noise = sum((g - v).square().sum() for g, v in zip(got, values, strict=True))
+    sqnr = 10 * math.log10(signal / noise)
+    assert sqnr > 35
+    assert f"{LAYER} packed as int8: SQNR {sqnr:.1f} dB (expert 0)" in caplog.messages
+
+
+def test_values_that_become_int8_need_no_warning(tmp_path, caplog):
+    made = published.fp8_block(weights())
+    for config in (KtConfig(cache_dir="none"), KtConfig(cache_dir="none", weight_format="int8")):
+        with caplog.at_level(logging.INFO, logger="kt_sft"):
+            load_experts(made.write(tmp_path), made.layers, config=config, progress=False, **SIZES)
+    assert caplog.messages and not any("no packed format" in message for message in caplog.messages)
 
 
 def test_a_format_that_the_checkpoint_does_not_have(tmp_path):
