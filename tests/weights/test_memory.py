@@ -22,6 +22,7 @@ from .checkpoints import search_path
 MEASURE = """
     import sys
     from kt_sft.config import KtConfig
+    from kt_sft.weights import saving
     from kt_sft.weights.loader import load_experts
     from benchmarks.loading import D, E, F, layers_of
 
@@ -35,6 +36,8 @@ MEASURE = """
         config=KtConfig(cache_dir=cache), progress=False,
     )
     touched = [p.storage.max() for p in packed.values()]  # sum() would make an int64 copy
+    saving.finish()
+    touched = [p.storage.max() for p in packed.values()]
     print(sum(p.nbytes for p in packed.values()), peak() - before)
 """
 
@@ -69,8 +72,10 @@ SHARER = """
     import sys
     from pathlib import Path
     from benchmarks.loading import load
+    from kt_sft.weights import saving
 
     packed = load(Path(sys.argv[1]), Path(sys.argv[2]), 1)
+    saving.finish()
     for layer in packed.values():
         layer.storage.max()
     print(flush=True)  # every page is there
