@@ -13,6 +13,7 @@ https://man7.org/linux/man-pages/man2/madvise.2.html
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import math
 import mmap
 import os
@@ -56,6 +57,12 @@ def zeros_for_matrices(nbytes: int, count: int) -> Tensor:
 def _huge_pages_fit(matrix: int) -> bool:
     nodes = len(native.nodes())
     return nodes == 1 or matrix // nodes >= _LARGE_PART
+
+
+def release_freed() -> None:
+    """Give back to the system what the C library keeps of freed memory (malloc_trim(3); glibc only)."""
+    with contextlib.suppress(AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def recycled(shape: Sequence[int], dtype: torch.dtype) -> Tensor:

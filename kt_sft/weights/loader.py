@@ -99,6 +99,7 @@ def load_experts(
         held=held,
     )
     packed = _packed(job, peers)
+    memory.release_freed()  # buffers of the readers
     return {layer: _with_biases(experts, job.readers[layer], job.held) for layer, experts in packed.items()}
 
 
