@@ -1,5 +1,5 @@
-// Memory exchanged for a file of the same contents while other threads read it: mremap(2) puts a finished mapping in the
-// place of another in one step. https://man7.org/linux/man-pages/man2/mremap.2.html
+// Memory exchanged for a file of the same contents while other threads read it: mremap(2) puts a finished mapping in
+// the place of another in one step. https://man7.org/linux/man-pages/man2/mremap.2.html
 #pragma once
 #include <sys/mman.h>
 #include <unistd.h>

@@ -1,11 +1,12 @@
 """Experts of a checkpoint, packed: from the cache file if it fits, else built from the shards, whatever their format.
 
 Tensors are read in the order of the files, one expert at a time and some ahead, and packed where they stay. The cache
-file is written behind the run (saving.py), so a first start takes no longer than with ``cache_dir: none``. Where memory
-would not hold the experts, and for a file that is made to be kept (``weight_path``), they are packed in a buffer for one
-expert, written, and mapped at the end. Either way memory beyond the packed experts is a few experts' tensors. Codes and scales of a checkpoint are
-kept as they are if they fit the format asked for; otherwise experts are dequantised one by one and quantised anew. A
-log line per layer says what packing kept of the signal, by its expert 0:
+file is written behind the run (saving.py): a first start takes as long as with ``cache_dir: none``. Where memory would
+not hold the experts, and for a file that is made to be kept (``weight_path``), they are packed in a buffer for one
+expert, written, and mapped at the end. Either way memory beyond the packed experts is a few experts' tensors.
+
+Codes and scales of a checkpoint are kept as they are if they fit the format asked for; otherwise experts are
+dequantised one by one and quantised anew. A log line per layer says what packing kept of the signal, by its expert 0:
 
     SQNR = 10 log10(sum w^2 / sum (w - packed w)^2) dB
 
@@ -181,15 +182,15 @@ def _packed(job: Job, peers: Peers | None) -> dict[str, PackedExperts]:
         return _pack_in_memory(job.with_layouts(), peers)
     path, behind = job.path, job.config.weight_path is None and (peers is not None or _is_alone())
     found = _by_the_first(peers, lambda: _open_or_begin(path, job, behind=behind))
-    begun = found if isinstance(found, _Begun) else None
-    if not _said_by_the_first(peers, begun is not None):
+    if not _said_by_the_first(peers, isinstance(found, _Begun)):
+        assert not isinstance(found, _Begun)
         return on_nodes(found or open_packed(path, job.spec, check=False), peers)
-    if begun is None:
+    if not isinstance(found, _Begun):  # another process writes the file
         return _pack_in_memory(job.with_layouts(), peers)
-    with begun.owned as owned:
-        layers = _pack_in_memory(begun.job, peers, begun.writer)
+    with found.owned as owned:
+        layers = _pack_in_memory(found.job, peers, found.writer)
         exchange = peers is None and len(native.nodes()) == 1
-        Saver(layers, begun.writer, owned.pop_all(), exchange=exchange).start()
+        Saver(layers, found.writer, owned.pop_all(), exchange=exchange).start()
     return layers
 
 

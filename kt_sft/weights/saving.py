@@ -1,8 +1,8 @@
 """Packed experts in memory, written to their file by a thread while the run goes on.
 
 A disk that is written at 0.3 GB/s needs half an hour for the experts of a giant model, and training needs none of it.
-So the first start packs into memory and begins; the file is for the next one. The thread runs at the lowest priority,
-and a process ends when its file is written: Ctrl-C then, or a kill at any time, leaves the rest to the next start, which
+So the first start packs into memory and begins; the file is for the next one. The thread has the lowest priority, and
+a process ends when its file is written: Ctrl-C then, or a kill at any time, leaves the rest to the next start, which
 continues (journal.py). A disk that fails costs the file, never the run.
 
 Once the file is whole it takes the place of the memory, a few pages at a time: from then on the processes of a host
