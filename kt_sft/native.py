@@ -52,6 +52,7 @@ computes_int8 = _C.computes_int8
 read_bandwidth = _C.read_bandwidth
 workspace_bytes = _C.workspace_bytes
 wish_huge_pages = _C.wish_huge_pages
+map_file_over = _C.map_file_over
 set_workspace_poison = _C.set_workspace_poison
 sort_by_expert = _C.sort_by_expert
 PackedHandle = _C.PackedHandle

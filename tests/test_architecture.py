@@ -20,7 +20,7 @@ ALLOWED = {
     "native": {"config", "topology"},
     "ops": {"native"},
     "distributed": {"ops", "native", "config"},
-    "weights": {"native", "config", "ops", "distributed"},
+    "weights": {"native", "config", "ops", "distributed", "machine"},
     "nn": {"ops", "native", "config", "distributed"},
     "machine": {"ops", "native", "config"},
     "planning": {"machine", "models", "ops", "native", "config"},

@@ -13,6 +13,7 @@
 #include "binding/tensor.h"
 #include "common/check.h"
 #include "common/huge_pages.h"
+#include "common/map_file.h"
 #include "common/nodes.h"
 #include "common/thread_pool.h"
 #include "common/workspace.h"
@@ -99,6 +100,18 @@ PackedMatrix checked_matrix(const ExpertWeights& w, int expert, int projection) 
 void wish_huge_pages(const py::object& tensor, bool wish) {
   check_is_tensor(tensor, "tensor");
   advise_huge_pages(reinterpret_cast<void*>(address(tensor)), tensor.attr("nbytes").cast<size_t>(), wish);
+}
+
+// Mapped memory of a CPU tensor from a page's beginning on, whose last page holds nothing else.
+void map_file(const py::object& tensor, int fd, int64_t offset) {
+  check_is_tensor(tensor, "tensor");
+  void* memory = reinterpret_cast<void*>(address(tensor));
+  const auto bytes = tensor.attr("nbytes").cast<size_t>();
+  const size_t page = page_bytes();
+  KT_CHECK(reinterpret_cast<uintptr_t>(memory) % page == 0 && offset % static_cast<int64_t>(page) == 0,
+           "tensor, offset: expected both at the beginning of a page");
+  py::gil_scoped_release release;
+  map_file_over(memory, bytes, fd, offset);
 }
 
 void pack(const PackedHandle& packed, int expert, int projection, const py::object& weights) {
@@ -386,6 +399,7 @@ PYBIND11_MODULE(_C, m) {
       .def("set_biases", &PackedHandle::set_biases, py::arg("gate"), py::arg("up"), py::arg("down"),
            "fp32 (E, F), (E, F) and (E, D), read where they lie");
   m.def("wish_huge_pages", wish_huge_pages, "transparent huge pages, or none, for a fresh CPU tensor");
+  m.def("map_file_over", map_file, "exchange the mapped memory of a tensor for a file of the same contents");
   m.def("pack", pack);
   m.def("pack_codes", pack_quantised, "codes and scale planes as they are: csrc/kernels/pack.h");
   m.def("copy", copy, "the bytes of other experts of the same kind, by the threads of the nodes that own them");

@@ -13,6 +13,7 @@ https://man7.org/linux/man-pages/man2/madvise.2.html
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import math
 import mmap
 import os
@@ -43,8 +44,25 @@ def empty(shape: Sequence[int], dtype: torch.dtype, huge_pages: bool = True) -> 
 
 def empty_matrices(nbytes: int, count: int) -> Tensor:
     """uint8 for ``count`` packed matrices; on small pages where a NUMA node's part of one is small."""
+    return empty((nbytes,), torch.uint8, huge_pages=_huge_pages_fit(nbytes // count))
+
+
+def zeros_for_matrices(nbytes: int, count: int) -> Tensor:
+    """The same as zeros that begin with a page; they are cleared by whoever touches them first."""
+    mapping = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    _advise(mapping, mmap.MADV_HUGEPAGE if _huge_pages_fit(nbytes // count) else mmap.MADV_NOHUGEPAGE)
+    return torch.frombuffer(mapping, dtype=torch.uint8)
+
+
+def _huge_pages_fit(matrix: int) -> bool:
     nodes = len(native.nodes())
-    return empty((nbytes,), torch.uint8, huge_pages=nodes == 1 or nbytes // count // nodes >= _LARGE_PART)
+    return nodes == 1 or matrix // nodes >= _LARGE_PART
+
+
+def release_freed() -> None:
+    """Give back to the system what the C library keeps of freed memory (malloc_trim(3); glibc only)."""
+    with contextlib.suppress(AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def recycled(shape: Sequence[int], dtype: torch.dtype) -> Tensor:

@@ -124,6 +124,12 @@ class PackedExperts:
         """Experts of the same sizes and format in other memory, as it is."""
         return PackedExperts(storage, *self._sizes(), self.activation, self.biases)
 
+    def one(self, index: int) -> PackedExperts:
+        """One of the experts, where it lies, without its biases."""
+        slot = self.nbytes // self.num_experts
+        storage = self._storage[index * slot : (index + 1) * slot]
+        return PackedExperts(storage, 1, self.hidden_size, self.intermediate_size, self.layout, None, self.activation)
+
     def copy(self) -> PackedExperts:
         """The same experts in anonymous memory of the NUMA nodes that compute with them."""
         copied = self.in_memory(memory.empty_matrices(self.nbytes, 3 * self.num_experts))

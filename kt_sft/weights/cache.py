@@ -6,8 +6,7 @@
 
 * It is written under a temporary name and renamed: other processes see the old file or the whole new one. The space is
   reserved before the first byte, so that a full disk is found at once. A file that is made to be kept (``weight_path``)
-  is synced first. The automatic cache is not: training need not wait for the disk, and what a power failure tears is
-  found by the checksums and packed again.
+  is synced first. The automatic cache is not: what a power failure tears is found by the checksums and packed again.
 * A process that is interrupted or killed leaves the temporary file and a journal (journal.py). The next one checks what
   is there and packs the rest; the result is the same, bit for bit.
 * Every expert's CRC-32 is checked on every load, by reading the file once with several threads. CRC-32 runs at 6 GB/s a
@@ -234,7 +233,7 @@ class PackedWriter:
 
     def __init__(self, path: Path, spec: CacheSpec, *, durable: bool = True) -> None:
         """``durable``: wait until the disk has it, before it gets its name."""
-        self._path, self._spec, self._durable = path, spec, durable
+        self.path, self._spec, self._durable = path, spec, durable
         self._temporary = path.with_name(path.name + ".tmp")
         self._journal = Journal(path.with_name(path.name + ".journal"), asdict(spec))
         self._end = spec.offsets[-1]
@@ -281,6 +280,13 @@ class PackedWriter:
     def _place(self, layer: int, expert: int) -> int:
         return self._spec.offsets[layer] + expert * self._spec.slot(layer)
 
+    def fileno(self) -> int:
+        return self._fd
+
+    def place(self, layer: str) -> int:
+        """Where in the file the layer begins."""
+        return self._spec.offsets[self._index_of[layer]]
+
     def put(self, layer: str, expert: int, storage: Tensor) -> None:
         """Write one expert's slice of the layer's storage."""
         data = storage.numpy().data
@@ -319,10 +325,10 @@ class PackedWriter:
             self._write(memoryview(head + struct.pack("<I", zlib.crc32(head))), 0)
             if self._durable:
                 os.fsync(self._fd)
-            os.replace(self._temporary, self._path)
+            os.replace(self._temporary, self.path)
             self._journal.remove()
             if self._durable:
-                _sync_folder(self._path.parent)
+                _sync_folder(self.path.parent)
 
     def _write(self, data: memoryview, offset: int) -> None:
         done = 0
@@ -347,7 +353,7 @@ class PackedWriter:
         except OSError as error:
             raise OSError(
                 error.errno,
-                f"packed experts {self._path}: writing {self._end / 2**30:.2f} GiB failed: {error.strerror or error}; "
+                f"packed experts {self.path}: writing {self._end / 2**30:.2f} GiB failed: {error.strerror or error}; "
                 "free some space, or choose another folder (cache_dir, KT_SFT_CACHE) or cache_dir: none",
             ) from error
 
@@ -373,4 +379,6 @@ def build_lock(path: Path) -> Iterator[None]:
             fcntl.flock(fd, fcntl.LOCK_EX)
         yield
     finally:
+        with contextlib.suppress(OSError):
+            fcntl.flock(fd, fcntl.LOCK_UN)  # a forked child may have it open too
         os.close(fd)

@@ -1,10 +1,12 @@
 """Experts of a checkpoint, packed: from the cache file if it fits, else built from the shards, whatever their format.
 
-Tensors are read in the order of the files, one expert at a time and some ahead, packed in a buffer for one expert and
-written to the cache file, which is mapped at the end. Memory beyond the mapped file is thus a few experts' tensors;
-with ``cache_dir: none`` it is the packed experts themselves and these few tensors. Codes and scales of a checkpoint are
-kept as they are if they fit the format asked for; otherwise experts are dequantised one by one and quantised anew. A
-log line per layer says what packing kept of the signal, by its expert 0:
+Tensors are read in the order of the files, one expert at a time and some ahead, and packed where they stay. The cache
+file is written behind the run (saving.py): a first start takes as long as with ``cache_dir: none``. Where memory would
+not hold the experts, and for a file that is made to be kept (``weight_path``), they are packed in a buffer for one
+expert, written, and mapped at the end. Either way memory beyond the packed experts is a few experts' tensors.
+
+Codes and scales of a checkpoint are kept as they are if they fit the format asked for; otherwise experts are
+dequantised one by one and quantised anew. A log line per layer says what packing kept of the signal, by its expert 0:
 
     SQNR = 10 log10(sum w^2 / sum (w - packed w)^2) dB
 
@@ -24,8 +26,9 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from itertools import accumulate, cycle
+from itertools import cycle
 from pathlib import Path
 from typing import TypeVar
 
@@ -33,9 +36,13 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from kt_sft import native
+
 from ..config import KtConfig
 from ..distributed.memory import filled_once
 from ..distributed.peers import Peers
+from ..machine import facts
+from ..ops import memory
 from ..ops.layout import QUANTISED, Layout, MatrixFormat, name_of
 from ..ops.packed import PackedExperts
 from . import packed_form
@@ -45,13 +52,14 @@ from .formats import ExpertReader, open_checkpoint
 from .packed_form import choose_layout, format_of, report_requantised, wanted
 from .placement import on_nodes
 from .quantized import QuantizedWeight
+from .saving import Saver
 
 logger = logging.getLogger(__name__)
 
 SUFFIX = ".ktpack"
 READERS = max(2, min(4, len(os.sched_getaffinity(0)) // 4))  # threads; each holds one expert
 _READ_AHEAD = READERS + 1  # experts
-_ALIGN = 4096  # of a layer in memory
+_SPARE_MEMORY = 2 << 30  # what must be left beside the experts to pack them in memory
 
 Matrix = Tensor | QuantizedWeight  # values, or codes that are packed as they are
 Matrices = tuple[Matrix, Matrix, Matrix]
@@ -92,6 +100,7 @@ def load_experts(
         held=held,
     )
     packed = _packed(job, peers)
+    memory.release_freed()  # buffers of the readers
     return {layer: _with_biases(experts, job.readers[layer], job.held) for layer, experts in packed.items()}
 
 
@@ -160,29 +169,55 @@ def make_job(
     )
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Begun:
+    """A file that is to be written, and what is to be closed then: its writer and its lock."""
+
+    job: Job
+    writer: PackedWriter
+    owned: ExitStack
+
+
 def _packed(job: Job, peers: Peers | None) -> dict[str, PackedExperts]:
-    path = job.path
-    if path is None:
-        return _pack_in_memory(job, peers)
-    if peers is None:
-        return on_nodes(_open_or_build(path, job), None)
-    mapped = _first_then_others(
-        peers, lambda: _open_or_build(path, job), lambda: open_packed(path, job.spec, check=False)
-    )
-    return on_nodes(mapped, peers)
+    if job.path is None:
+        return _pack_in_memory(job.with_layouts(), peers)
+    path, behind = job.path, job.config.weight_path is None and (peers is not None or _is_alone())
+    found = _by_the_first(peers, lambda: _open_or_begin(path, job, behind=behind))
+    if not _said_by_the_first(peers, isinstance(found, _Begun)):
+        assert not isinstance(found, _Begun)
+        return on_nodes(found or open_packed(path, job.spec, check=False), peers)
+    if not isinstance(found, _Begun):  # another process writes the file
+        return _pack_in_memory(job.with_layouts(), peers)
+    with found.owned as owned:
+        layers = _pack_in_memory(found.job, peers, found.writer)
+        exchange = peers is None and len(native.nodes()) == 1
+        Saver(layers, found.writer, owned.pop_all(), exchange=exchange).start()
+    return layers
 
 
-def _open_or_build(path: Path, job: Job) -> dict[str, PackedExperts]:
+def _is_alone() -> bool:
+    """False for one of several ranks of a host that share nothing but the file: those who wait for it train together
+    with the one who makes it."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1")) == 1
+
+
+def _open_or_begin(path: Path, job: Job, *, behind: bool) -> dict[str, PackedExperts] | _Begun:
+    """The file, mapped; or, with ``behind`` and enough memory, what it takes to write it behind the run."""
     try:
         return open_packed(path, job.spec)
     except CacheMiss:
         pass
-    with build_lock(path):
+    with ExitStack() as owned:
+        owned.enter_context(build_lock(path))
         try:
             return open_packed(path, job.spec)  # built by another process meanwhile
         except CacheMiss as miss:
             logger.info("Packing the experts of %s into %s: %s.", job.checkpoint.folder, path, miss)
-        _build(path, job.with_layouts())
+        job = job.with_layouts()
+        if behind and facts.memory().available >= job.spec.offsets[-1] + _SPARE_MEMORY:
+            writer = owned.enter_context(PackedWriter(path, job.spec, durable=False))
+            return _Begun(job=job, writer=writer, owned=owned.pop_all())
+        _build(path, job)
         return open_built(path, job.spec)
 
 
@@ -194,16 +229,23 @@ def open_built(path: Path, spec: CacheSpec) -> dict[str, PackedExperts]:
         raise OSError(f"packed experts {path}: unusable right after writing: {miss}; check the disk") from miss
 
 
-def _first_then_others(peers: Peers, first: Callable[[], _T], others: Callable[[], _T]) -> _T:
-    """The first process does the work; the others follow when it has succeeded, and raise its error otherwise."""
+def _by_the_first(peers: Peers | None, work: Callable[[], _T]) -> _T | None:
+    """What the first process gets from ``work``; None on the others, which raise its error too."""
+    if peers is None:
+        return work()
     error: Exception | None = None
+    result: _T | None = None
     if peers.index == 0:
         try:
-            result = first()
+            result = work()
         except Exception as failure:
             error = failure
     peers.raise_any(error, "loading the experts")
-    return result if peers.index == 0 else others()
+    return result
+
+
+def _said_by_the_first(peers: Peers | None, yes: bool) -> bool:
+    return yes if peers is None else bool(peers.numbers([yes])[0][0])
 
 
 def _read(reader: ExpertReader, expert: int, layout: Layout, buffers: dict[str, Tensor]) -> Matrices:
@@ -348,33 +390,39 @@ def _build(path: Path, job: Job) -> None:
         writer.commit()
 
 
-def _pack_in_memory(job: Job, peers: Peers | None) -> dict[str, PackedExperts]:
-    job = job.with_layouts()
+def _pack_in_memory(job: Job, peers: Peers | None, writer: PackedWriter | None = None) -> dict[str, PackedExperts]:
+    """Layers that lie in one stretch of memory as in a file. What ``writer`` holds is taken from there."""
     spec = job.spec
-    starts = list(accumulate((-(-size // _ALIGN) * _ALIGN for size in spec.layer_bytes), initial=0))
 
-    def layers_in(memory: Tensor) -> dict[str, PackedExperts]:
+    def layers_in(stretch: Tensor) -> dict[str, PackedExperts]:
         return {
-            name: PackedExperts(memory[starts[i] :][: spec.layer_bytes[i]], *spec.sizes(i))
+            name: PackedExperts(stretch[spec.offsets[i] :][: spec.layer_bytes[i]], *spec.sizes(i))
             for i, name in enumerate(spec.layers)
         }
 
-    def pack_into(packed: dict[str, PackedExperts]) -> None:
-        def put(layer: str, expert: int, matrices: Matrices) -> None:
-            experts = packed[layer]
-            _pack(experts, expert, matrices)
-            if expert == 0:
-                first = experts.storage[: experts.nbytes // experts.num_experts]
-                sizes = (experts.hidden_size, experts.intermediate_size, experts.layout)
-                _report(layer, PackedExperts(first, 1, *sizes), matrices)
+    def pack_into(stretch: Tensor) -> None:
+        layers = layers_in(stretch)
 
-        _pack_all(job, put)
+        def put(layer: str, expert: int, matrices: Matrices) -> None:
+            _pack(layers[layer], expert, matrices)
+            if expert == 0:
+                _report(layer, layers[layer].one(0), matrices)
+
+        if writer is None:
+            _pack_all(job, put)
+            return
+        for name, experts in layers.items():
+            for e in range(spec.num_experts):
+                if writer.holds(name, e):
+                    one = experts.one(e)
+                    one.copy_(one.in_memory(writer.get(name, e)))
+        _pack_all(job, put, writer.holds)
 
     if peers is not None:
-        return layers_in(filled_once(peers, starts[-1], lambda memory: pack_into(layers_in(memory))))
-    packed = {name: PackedExperts.empty(*spec.sizes(i)) for i, name in enumerate(spec.layers)}
-    pack_into(packed)
-    return packed
+        return layers_in(filled_once(peers, spec.offsets[-1], pack_into))
+    stretch = memory.zeros_for_matrices(spec.offsets[-1], 3 * spec.num_experts * len(spec.layers))
+    pack_into(stretch)
+    return layers_in(stretch)
 
 
 def _digest(*parts: object) -> str:

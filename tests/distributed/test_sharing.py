@@ -67,13 +67,13 @@ def test_loading(ranks):
     assert all(rank["loading"]["right"] for rank in ranks)
 
 
-@pytest.mark.parametrize("store", ["file", "none"])
+@pytest.mark.parametrize("store", ["memory", "file", "none"])
 def test_loaded_experts_are_one_copy_per_host(one_host, store):
     assert [rank["loading"]["held"] for rank in one_host] == [3, 3]
     assert_one_copy([rank["loading"]["kib"][store] for rank in one_host])
 
 
-@pytest.mark.parametrize("store", ["file", "none"])
+@pytest.mark.parametrize("store", ["memory", "file", "none"])
 def test_experts_split_over_nodes_are_one_copy_too(one_host, store):
     cases = [rank["loading_on_nodes"] for rank in one_host]
     assert all(case["right"] for case in cases)

@@ -185,7 +185,10 @@ def memory(rank: int, sharing: Sharing) -> dict[str, Any]:
 
 
 def loading(rank: int, sharing: Sharing) -> dict[str, Any]:
-    """A checkpoint's experts through a cache file and without one; each host has its own store."""
+    """A checkpoint's experts packed in memory while their file is written, through the file, and without one.
+
+    Each host has its own store.
+    """
     place, folder = sharing.place, Path(sys.argv[2])
     host = place.hosts[place.rank]
     if rank == 0:
@@ -193,7 +196,8 @@ def loading(rank: int, sharing: Sharing) -> dict[str, Any]:
     dist.barrier()
     held = place.experts(checkpoints.E)
     outcome: dict[str, Any] = {"held": len(held), "right": True, "kib": {}}
-    for cache in (str(folder / f"cache{host}"), "none"):
+    own = str(folder / f"cache{host}")
+    for name, cache in (("memory", own), ("file", own), ("none", "none")):
         packed = load_experts(
             folder / "model",
             checkpoints.separate_layers(),
@@ -203,11 +207,11 @@ def loading(rank: int, sharing: Sharing) -> dict[str, Any]:
             peers=sharing.host_peers,
             **checkpoints.SIZES,
         )
-        for name, weights in checkpoints.weights().items():
+        for layer, weights in checkpoints.weights().items():
             expected = pack_experts(*(w[held.start : held.stop] for w in weights), weight_format="int8")
-            outcome["right"] &= torch.equal(packed[name].storage, expected.storage)
+            outcome["right"] &= torch.equal(packed[layer].storage, expected.storage)
         dist.barrier()
-        outcome["kib"]["none" if cache == "none" else "file"] = proportional_kib(next(iter(packed.values())).storage)
+        outcome["kib"][name] = proportional_kib(next(iter(packed.values())).storage)
         dist.barrier()
     return outcome
 

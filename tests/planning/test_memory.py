@@ -131,6 +131,7 @@ LOAD = """
     import ctypes, re, sys, torch
     import kt_sft
     from kt_sft.nn.experts import KtExperts
+    from kt_sft.weights import saving
 
     def resident():
         ctypes.CDLL(None).malloc_trim(0)  # what malloc keeps of the loader's buffers is not held
@@ -143,6 +144,7 @@ LOAD = """
         return model
 
     load(sys.argv[1])  # a small model first: imports and threads are not what is measured
+    saving.finish()
     before = resident()
     model = load(sys.argv[2])
     print(resident() - before)

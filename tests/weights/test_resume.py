@@ -1,4 +1,7 @@
-"""An interrupted load is continued where it ended, and its file is that of a load that was left alone, bit for bit."""
+"""An interrupted load is continued where it ended, and its file is that of a load that was left alone, bit for bit.
+
+Interrupted is one that packs into its file, as it does where memory is short; it is continued so, and in memory.
+"""
 
 from __future__ import annotations
 
@@ -9,16 +12,18 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from benchmarks import loading
 from kt_sft.config import KtConfig
-from kt_sft.weights import cache, loader
+from kt_sft.weights import cache, loader, saving
 from kt_sft.weights.journal import Journal
 from kt_sft.weights.loader import load_experts, make_job
 
 from .checkpoints import LAYERS, SIZES, E, separate_layers, separate_tensors, weights, write
 
 ALL = LAYERS * E
+NO_MEMORY = 1 << 60
 
 
 @pytest.fixture
@@ -30,6 +35,7 @@ def load(model: Path, folder: str = "cache", **settings) -> Path:
     """The packed file."""
     config = KtConfig(cache_dir=str(model.parent / folder), **settings)
     load_experts(model, separate_layers(), config=config, progress=False, **SIZES)
+    saving.finish()
     (file,) = (model.parent / folder).glob("*.ktpack")
     return file
 
@@ -47,6 +53,7 @@ def interrupt(model: Path, monkeypatch, after: int, **settings) -> tuple[Path, P
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(loader, "_pack", interrupted)
+        patch.setattr(loader, "_SPARE_MEMORY", NO_MEMORY)
         load(model, **settings)
     folder = model.parent / "cache"
     assert not list(folder.glob("*.ktpack"))
@@ -71,9 +78,12 @@ def packed_again(model: Path, monkeypatch, **settings) -> int:
     return len(calls)
 
 
+@pytest.mark.parametrize("in_memory", [True, False])
 @pytest.mark.parametrize("after", [0, 1, ALL - 1])
 @pytest.mark.parametrize("weight_format", ["bf16", "int8", "int4"])
-def test_the_next_start_packs_the_rest(model, monkeypatch, weight_format, after):
+def test_the_next_start_packs_the_rest(model, monkeypatch, weight_format, after, in_memory):
+    if not in_memory:
+        monkeypatch.setattr(loader, "_SPARE_MEMORY", NO_MEMORY)
     interrupt(model, monkeypatch, after, weight_format=weight_format)
     assert packed_again(model, monkeypatch, weight_format=weight_format) == ALL - after
 
@@ -131,6 +141,15 @@ def test_another_checkpoint_starts_over(model, monkeypatch):
     assert packed_again(model, monkeypatch) == ALL
 
 
+def test_what_was_packed_before_is_loaded_too(model, monkeypatch):
+    expected = load_experts(model, separate_layers(), config=KtConfig(cache_dir="none"), progress=False, **SIZES)
+    interrupt(model, monkeypatch, 4)
+    config = KtConfig(cache_dir=str(model.parent / "cache"))
+    resumed = load_experts(model, separate_layers(), config=config, progress=False, **SIZES)
+    for name, packed in expected.items():
+        assert torch.equal(resumed[name].storage, packed.storage)
+
+
 def test_an_error_leaves_nothing(model, monkeypatch):
     def broken(*args):
         raise ValueError("broken")
@@ -182,7 +201,7 @@ def test_killed_ten_times(tmp_path, layers):
     model.mkdir()
     loading.write_checkpoint(model, layers)
     starter = loading.Starter(model, folder, layers)
-    seconds = starter.run()
+    seconds = starter.run().until_written
     file = starter.packed
     assert file is not None
     expected = loading.digest(file)
