@@ -35,6 +35,10 @@ inline void to_bf16_row(const float* __restrict from, int n, uint16_t* __restric
   for (int i = 0; i < n; ++i) to[i] = static_cast<uint16_t>(round_bits(from[i]));
 }
 
+inline void add_scaled_row(const float* __restrict from, float w, int n, float* __restrict to) {
+  for (int i = 0; i < n; ++i) to[i] += w * from[i];
+}
+
 struct Silu {
   explicit Silu(const Activation&) {}
   float act(float g) const { return g * sigmoid(g); }

@@ -114,8 +114,9 @@ struct KernelTable {
   void (*activate_backward)(const Activation&, const uint16_t* g, const uint16_t* u, const float* z, float w, int n,
                             float* dg, float* du, float* dw_parts);
   void (*to_bf16)(const float* from, int n, uint16_t* to);
-  bool (*quantize_strip)(const QuantizeArgs&);                    // false if a weight is NaN or Inf
-  void (*unpack_strip)(const PackedMatrix&, int nb, float* out);  // rows [32 nb, 32 nb + 32) of (rows, cols)
+  void (*add_scaled)(const float* from, float w, int n, float* to);  // to += w from
+  bool (*quantize_strip)(const QuantizeArgs&);                       // false if a weight is NaN or Inf
+  void (*unpack_strip)(const PackedMatrix&, int nb, float* out);     // rows [32 nb, 32 nb + 32) of (rows, cols)
   double (*peak)(int64_t iterations);  // multiply-adds on registers only; returns the operations done
   // Native int8 products; null where the ISA has no int8 dot product.
   void (*quantize_rows)(const QuantizeRowsArgs&);

@@ -55,6 +55,7 @@ const KernelTable& table() {
                                       activate_hidden,
                                       activate_backward,
                                       to_bf16_row,
+                                      add_scaled_row,
                                       quantize_strip,
                                       unpack_strip,
                                       ActiveOps::peak,

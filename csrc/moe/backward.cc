@@ -309,9 +309,8 @@ struct Backward {
       if (sum.count + sum.count8 == 0) return;
       multiply(sum, s, c0, nc, b.rows[0], b.rows[1], b);
       for (int r = 0; r < s.rows; ++r) {
-        const float* from = b.rows[0] + r * nc;
         float* to = grad + int64_t{plan.token[s.row0 + r]} * hidden() + c0;
-        for (int c = 0; c < nc; ++c) to[c] += from[c];
+        plan.kernels.add_scaled(b.rows[0] + r * nc, 1.0f, nc, to);
       }
     }
   }

@@ -112,10 +112,8 @@ struct Forward {
                        b.rows[0], b.rows[1], last ? nullptr : &upcoming});
       add_bias(plan.weights.bias(s.expert, kDown), c0, nc, s.rows, b.rows[0]);
       for (int r = 0; r < s.rows; ++r) {
-        const float w = plan.routing_weight(s.row0 + r);
-        const float* y = b.rows[0] + r * nc;
-        float* o = out + int64_t{plan.token[s.row0 + r]} * D + c0;
-        for (int c = 0; c < nc; ++c) o[c] += w * y[c];
+        float* to = out + int64_t{plan.token[s.row0 + r]} * D + c0;
+        plan.kernels.add_scaled(b.rows[0] + r * nc, plan.routing_weight(s.row0 + r), nc, to);
       }
     }
   }
