@@ -5,7 +5,9 @@
 //                 that this is the cheaper one
 //   pairs         where kBf16: the codes, which bf16 holds exactly, as (2p, 2p + 1) of a block's 32 rows, over the
 //                 vectors V of an instruction set that multiplies them; `unmix` puts sums of rows into memory's order
-//   encode        stores two vectors of 16 codes from kLeastCode to kLargestCode; kSearchesScale: see quantize.h
+// Of the formats that quantize.h makes:
+//   nearest       the codes of 16 weights / scale; kSearchesScale: quantize.h looks for the scale
+//   encode        stores two vectors of 16 codes
 // Written over the vector vocabulary Vec; included inside the variant's namespace.
 #pragma once
 
@@ -49,8 +51,10 @@ struct Int8 : InOrder {
     even = Vec::to_f32(Vec::shift_right<24>(Vec::shift_left<24>(words)));
     odd = Vec::to_f32(Vec::shift_right<8>(words));
   }
-  static constexpr float kLeastCode = -127, kLargestCode = 127;
   static constexpr bool kSearchesScale = false;
+  static Vec::I32 nearest(Vec::F32 exact) {
+    return Vec::to_i32(Vec::max(Vec::min(exact, Vec::broadcast(127)), Vec::broadcast(-127)));
+  }
   static void encode(Vec::I32 even, Vec::I32 odd, uint8_t* pairs) {
     Vec::store_low16(pairs, Vec::bit_or(Vec::bit_and(even, Vec::splat_i32(0xff)), Vec::shift_left<8>(odd)));
   }
@@ -113,16 +117,44 @@ struct Iq4NlLevels {  // kvalues_iq4nl in ggml-common.h of llama.cpp
   static Vec::F32 of(Vec::I32 words) { return Vec::look_up(words, kLevels); }
 };
 
-struct Int4 : Nibbles<SignedLevels> {
-  static constexpr float kLeastCode = -8, kLargestCode = 7;
-  static constexpr bool kSearchesScale = true;
-  static void encode(Vec::I32 even, Vec::I32 odd, uint8_t* pairs) {
-    Vec::store_low8(pairs, Vec::bit_or(Vec::bit_and(even, Vec::splat_i32(0xf)), Vec::shift_left<4>(odd)));
-  }
-};
+using Int4 = Nibbles<SignedLevels>;
 using Uint4 = Nibbles<UnsignedLevels>;
 using E2m1 = Nibbles<E2m1Levels>;
-using Iq4Nl = Nibbles<Iq4NlLevels>;
+
+// Numbers in cells of 65536 / 37 / 128 = 13.8 that start at multiples of that size: 15 of them hold one midpoint
+// between two levels each, in turn, if the first and the last reach to infinity. One comparison beyond the number of
+// its cell finds the level nearest to a number.
+struct LevelCells {
+  static constexpr int kCells = 37;                  // per 2^16 / 128
+  static constexpr float kFirst = -110, kLast = 96;  // in the first and the last cell
+  float midpoints[16]{};
+  constexpr LevelCells() {
+    for (int i = 0; i < 15; ++i) midpoints[i] = (Iq4NlLevels::kLevels[i] + Iq4NlLevels::kLevels[i + 1]) / 2;
+  }
+  constexpr bool one_midpoint_each() const {
+    for (int i = 1; i < 15; ++i) {
+      const float start = (i - 8) * 512.0f / kCells;
+      if (midpoints[i - 1] > start || midpoints[i] < start) return false;
+    }
+    return true;
+  }
+};
+constexpr LevelCells kLevelCells;
+static_assert(kLevelCells.one_midpoint_each());
+
+struct Iq4Nl : Nibbles<Iq4NlLevels> {
+  static constexpr bool kSearchesScale = true;
+  static Vec::I32 nearest(Vec::F32 exact) {  // the upper one of two
+    const auto within =
+        Vec::max(Vec::min(exact, Vec::broadcast(LevelCells::kLast)), Vec::broadcast(LevelCells::kFirst));
+    const auto cell = Vec::to_i32(Vec::fma(within, Vec::broadcast(LevelCells::kCells / 512.0f), Vec::broadcast(7.5f)));
+    const auto below = Vec::bits(Vec::sub(exact, Vec::look_up(cell, kLevelCells.midpoints)));  // by its sign
+    return Vec::add_i32(Vec::add_i32(cell, Vec::splat_i32(1)), Vec::shift_right<31>(below));
+  }
+  static void encode(Vec::I32 even, Vec::I32 odd, uint8_t* pairs) {
+    Vec::store_low8(pairs, Vec::bit_or(even, Vec::shift_left<4>(odd)));
+  }
+};
 
 // Low nibbles, then kHigh more bits of every code; value = code - kZero.
 template <int kHigh, int kZero>

@@ -34,7 +34,9 @@ namespace {
 constexpr int kParts = 256 / kBlock;  // of a super-block
 
 // What is stored differs from the code + 8 that comes in: four bits of two's complement differ in the highest.
-constexpr uint8_t flipped_bits(Format format) { return format == Format::int4 || format == Format::q4_0 ? 0x88 : 0; }
+constexpr uint8_t flipped_bits(Format format) {
+  return format == Format::int4_sym || format == Format::q4_0 ? 0x88 : 0;
+}
 
 // The 32 codes of part j of a GGUF super-block of 256 weights (ggml-common.h of llama.cpp: block_q4_K ...).
 void q4_k_codes(const uint8_t* block, int j, uint8_t* codes) {

@@ -1,16 +1,12 @@
 // Quantise 32 rows of a weight matrix and store them in the packed block layout.
-//   scale = bf16, code = clamp(rint(w / scale), least, most) per row and group of columns
-// int8 (-127 to 127) takes max|w| / 127 rounded up to bf16, so that nothing is clipped. int4 (-8 to 7) gives the scale
-// the sign that makes the code of the largest |w| negative, where there is one code more, and takes the size, of nine,
-// with the least squared error: sum of (code - w / scale)^2, times scale^2, in fp32, added column by column within 32
-// columns, then block by block. kt_sft/ops/quantize.py is the oracle, bit for bit.
+//   scale = bf16, code = the one nearest to w / scale, per row and group of columns
+// int8 (-127 to 127) takes max|w| / 127 rounded up to bf16, so that nothing is clipped; int4 (16 uneven levels, see
+// Iq4NlLevels) the scale of either sign that level_search.h finds. kt_sft/ops/quantize.py is the oracle, bit for bit.
 // Rows are lanes: a block of 32 x 32 weights is turned once, after which every step treats 16 rows alike and the codes
 // leave in the order of the block. Included inside the variant's namespace.
 #pragma once
 
-constexpr float kSmallestScale = 1.17549435e-38f;  // below, 1 / scale may overflow: such weights become zeros
 constexpr int kInfinityBits = 0x7f800000;
-constexpr int kMagnitudeBits = 0x7fffffff;
 constexpr int kAhead = 8;  // blocks between the prefetch of a source line and its use: 32 rows of 64 bytes per block
 
 // 32 columns of 32 rows: [half][column][16 rows].
@@ -77,23 +73,10 @@ inline void load_tile(const QuantizeArgs& a, int kb, WeightTile& tile) {
 // ---- scales and codes of 16 rows
 // --------------------------------------------------------------------------------------
 
-struct Scale {
-  Vec::F32 value, inverse;
-};
-
-inline Scale with_inverse(Vec::F32 value) {
-  const auto inverse = Vec::div(Vec::broadcast(1.0f), value);
-  return {value, Vec::select_less(value, Vec::broadcast(kSmallestScale), Vec::zero(), inverse)};
-}
-
 inline Scale bf16_at_least(Vec::F32 v) {
   const auto bits = Vec::round_bf16(v);
   const auto nearest = Vec::as_f32(bits), above = Vec::as_f32(Vec::add_i32(bits, Vec::splat_i32(0x10000)));
   return with_inverse(Vec::select_less(nearest, v, above, nearest));
-}
-
-inline Vec::F32 magnitude(Vec::F32 v) {
-  return Vec::as_f32(Vec::bit_and(Vec::bits(v), Vec::splat_i32(kMagnitudeBits)));
 }
 
 // Largest |w| per row as bits: those of magnitudes order like magnitudes, with Inf and NaN at the top.
@@ -102,71 +85,9 @@ inline Vec::I32 peak_bits(const float (*w)[kTileRows], Vec::I32 peak) {
   return peak;
 }
 
-// The scales that are tried, three at a time: as many accumulators as registers allow.
-constexpr int kTogether = 3, kTrials = 9;
-// Of max|w|; the first is rounded up, so that weights of seven equal steps up and down stay exact.
-constexpr float kFractions[kTrials] = {1.0 / 7,  1.04 / 8, 1.00 / 8, 0.95 / 8, 0.90 / 8,
-                                       0.85 / 8, 0.80 / 8, 0.75 / 8, 0.70 / 8};
-
-struct Trials {
-  Scale scale[kTrials];
-  Vec::F32 error[kTrials];  // in units of scale^2
-};
-
-// highest: max w per row. Where it is the peak, scales are negative.
-inline void start_trials(Vec::F32 peak, Vec::F32 highest, const Scale& first, Trials& t) {
-  const auto sign = Vec::select_less(highest, peak, Vec::broadcast(1.0f), Vec::broadcast(-1.0f));
-  for (int i = 0; i < kTrials; ++i) {
-    const Scale s =
-        i == 0 ? first : with_inverse(Vec::as_f32(Vec::round_bf16(Vec::mul(peak, Vec::broadcast(kFractions[i])))));
-    t.scale[i] = {Vec::mul(s.value, sign), Vec::mul(s.inverse, sign)};
-    t.error[i] = Vec::zero();
-  }
-}
-
 inline Vec::F32 highest_of(const float (*w)[kTileRows], Vec::F32 highest) {
   for (int k = 0; k < kBlock; ++k) highest = Vec::max(highest, Vec::load(w[k]));
   return highest;
-}
-
-// Adds the squared errors of 32 columns.
-template <class Codes>
-inline void add_errors(const float (*w)[kTileRows], Trials& t) {
-  const auto least = Vec::broadcast(Codes::kLeastCode), most = Vec::broadcast(Codes::kLargestCode);
-  for (int i = 0; i < kTrials; i += kTogether) {
-    Vec::F32 sum[kTogether];
-    for (auto& s : sum) s = Vec::zero();
-    for (int k = 0; k < kBlock; ++k) {
-      const auto weight = Vec::load(w[k]);
-#pragma GCC unroll 3
-      for (int j = 0; j < kTogether; ++j) {
-        const auto exact = Vec::mul(weight, t.scale[i + j].inverse);
-        const auto d = Vec::sub(Vec::max(Vec::min(Vec::round(exact), most), least), exact);
-        sum[j] = Vec::add(sum[j], Vec::mul(d, d));
-      }
-    }
-    for (int j = 0; j < kTogether; ++j) t.error[i + j] = Vec::add(t.error[i + j], sum[j]);
-  }
-}
-
-// The trial with the least error, the first of equals.
-inline Scale best_trial(const Trials& t) {
-  Scale best = t.scale[0];
-  Vec::F32 least = Vec::mul(Vec::mul(t.error[0], best.value), best.value);
-  for (int i = 1; i < kTrials; ++i) {
-    const Scale& s = t.scale[i];
-    const auto error = Vec::mul(Vec::mul(t.error[i], s.value), s.value);
-    best.value = Vec::select_less(error, least, s.value, best.value);
-    best.inverse = Vec::select_less(error, least, s.inverse, best.inverse);
-    least = Vec::select_less(error, least, error, least);
-  }
-  return best;
-}
-
-template <class Codes>
-inline Vec::I32 code(const float* w, Vec::F32 inverse) {
-  const auto exact = Vec::mul(Vec::load(w), inverse);
-  return Vec::to_i32(Vec::max(Vec::min(exact, Vec::broadcast(Codes::kLargestCode)), Vec::broadcast(Codes::kLeastCode)));
 }
 
 // ---- 32 rows
@@ -199,20 +120,21 @@ inline bool quantize_group(const QuantizeArgs& a, int kb0, int kb1, uint16_t* sc
     if (Codes::kSearchesScale) highest[half] = highest_of(w, highest[half]);
   });
   Scale scale[kStripTiles];
-  Trials trials[kStripTiles];
   for (int half = 0; half < kStripTiles; ++half) {
     if (!all_finite(peak[half])) return false;
-    scale[half] = bf16_at_least(Vec::div(Vec::as_f32(peak[half]), Vec::broadcast(Codes::kLargestCode)));
-    if (Codes::kSearchesScale) start_trials(Vec::as_f32(peak[half]), highest[half], scale[half], trials[half]);
+    if constexpr (!Codes::kSearchesScale)
+      scale[half] = bf16_at_least(Vec::div(Vec::as_f32(peak[half]), Vec::broadcast(127)));
   }
-  if (Codes::kSearchesScale) {
-    each_block([&](int, int half, auto w) { add_errors<Codes>(w, trials[half]); });
-    for (int half = 0; half < kStripTiles; ++half) scale[half] = best_trial(trials[half]);
+  if constexpr (Codes::kSearchesScale) {
+    LevelSearch search[kStripTiles];
+    for (int half = 0; half < kStripTiles; ++half) search[half].start(Vec::as_f32(peak[half]), highest[half]);
+    each_block([&](int kb, int half, auto w) { search[half].add(w, min_int(kBlock, a.dst->cols - kb * kBlock)); });
+    for (int half = 0; half < kStripTiles; ++half) scale[half] = search[half].best();
   }
   each_block([&](int kb, int half, auto w) {
+    const auto code = [&](int k) { return Codes::nearest(Vec::mul(Vec::load(w[k]), scale[half].inverse)); };
     auto* pairs = const_cast<uint8_t*>(a.dst->block(a.nb, kb)) + half * kTileRows * Codes::kPairBytes;
-    for (int k = 0; k < kBlock; k += 2, pairs += kBlock * Codes::kPairBytes)
-      Codes::encode(code<Codes>(w[k], scale[half].inverse), code<Codes>(w[k + 1], scale[half].inverse), pairs);
+    for (int k = 0; k < kBlock; k += 2, pairs += kBlock * Codes::kPairBytes) Codes::encode(code(k), code(k + 1), pairs);
   });
   for (int half = 0; half < kStripTiles; ++half)
     Vec::store_low16(scales + half * kTileRows, Vec::shift_right<16>(Vec::bits(scale[half].value)));
@@ -271,7 +193,7 @@ inline bool quantize_strip(const QuantizeArgs& a) {
     case kt_sft::Format::int8:
       return quantize_strip_as<Int8>(a);
     case kt_sft::Format::int4:
-      return quantize_strip_as<Int4>(a);
+      return quantize_strip_as<Iq4Nl>(a);
     default:
       return false;  // refused by the caller
   }

@@ -23,6 +23,7 @@ using ActiveOps = Ops;
 #include "kernels/scales.h"
 #include "kernels/gemm.h"
 #include "kernels/elementwise.h"
+#include "kernels/level_search.h"
 #include "kernels/quantize.h"
 #include "kernels/unpack.h"
 #ifdef __AVX512VNNI__

@@ -103,6 +103,38 @@ struct Vec {
   static I32 max_i32(I32 a, I32 b) { return {_mm256_max_epi32(a.lo, b.lo), _mm256_max_epi32(a.hi, b.hi)}; }
   static I32 bit_and(I32 a, I32 b) { return {_mm256_and_si256(a.lo, b.lo), _mm256_and_si256(a.hi, b.hi)}; }
   static I32 bit_or(I32 a, I32 b) { return {_mm256_or_si256(a.lo, b.lo), _mm256_or_si256(a.hi, b.hi)}; }
+  // Lanes as two signed words each: products >> 16, products / 2^15 rounded, a * b summed over the two.
+  static I32 mul_high16(I32 a, I32 b) { return {_mm256_mulhi_epi16(a.lo, b.lo), _mm256_mulhi_epi16(a.hi, b.hi)}; }
+  static I32 mul_round16(I32 a, I32 b) { return {_mm256_mulhrs_epi16(a.lo, b.lo), _mm256_mulhrs_epi16(a.hi, b.hi)}; }
+  static I32 dot16(I32 a, I32 b) { return {_mm256_madd_epi16(a.lo, b.lo), _mm256_madd_epi16(a.hi, b.hi)}; }
+  static I32 splat16(int v) {
+    const __m256i words = _mm256_set1_epi16(static_cast<short>(v));
+    return {words, words};
+  }
+  static I32 min16(I32 a, I32 b) { return {_mm256_min_epi16(a.lo, b.lo), _mm256_min_epi16(a.hi, b.hi)}; }
+  static I32 max16(I32 a, I32 b) { return {_mm256_max_epi16(a.lo, b.lo), _mm256_max_epi16(a.hi, b.hi)}; }
+  // v, one more where a >= b.
+  static I32 count_reached16(I32 v, I32 a, I32 b) {
+    const auto of = [](__m256i v, __m256i a, __m256i b) {
+      return _mm256_add_epi16(_mm256_add_epi16(v, _mm256_set1_epi16(1)), _mm256_cmpgt_epi16(b, a));
+    };
+    return {of(v.lo, a.lo, b.lo), of(v.hi, a.hi, b.hi)};
+  }
+  // table[the lowest four bits of every word]: the low bytes and the high ones are looked up apart.
+  static I32 look_up16(I32 v, const int16_t* table) {
+    const __m256i words = _mm256_load_si256(reinterpret_cast<const __m256i*>(table)), byte = _mm256_set1_epi16(0xff);
+    const auto bytes = [](__m256i w) {  // of 16 words below 256, in both halves
+      const __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi16(w, w), 0xd8);
+      return _mm256_permute2x128_si256(packed, packed, 0);
+    };
+    const __m256i low = bytes(_mm256_and_si256(words, byte)), high = bytes(_mm256_srli_epi16(words, 8));
+    const auto of = [&](__m256i v) {
+      const __m256i index = _mm256_and_si256(v, _mm256_set1_epi16(15));
+      const __m256i both = _mm256_or_si256(index, _mm256_slli_epi16(index, 8));
+      return _mm256_blendv_epi8(_mm256_shuffle_epi8(high, both), _mm256_shuffle_epi8(low, both), byte);
+    };
+    return {of(v.lo), of(v.hi)};
+  }
   static void store_i32(void* p, I32 v) {
     auto* out = static_cast<__m256i*>(p);
     _mm256_storeu_si256(out, v.lo), _mm256_storeu_si256(out + 1, v.hi);

@@ -75,6 +75,23 @@ struct Vec {
   static I32 bit_and(I32 a, I32 b) { return _mm512_and_si512(a, b); }
   static I32 bit_or(I32 a, I32 b) { return _mm512_or_si512(a, b); }
   static void store_i32(void* p, I32 v) { _mm512_storeu_si512(p, v); }
+
+  // Lanes as two signed words each: products >> 16, products / 2^15 rounded, a * b summed over the two.
+  static I32 mul_high16(I32 a, I32 b) { return _mm512_mulhi_epi16(a, b); }
+  static I32 mul_round16(I32 a, I32 b) { return _mm512_mulhrs_epi16(a, b); }
+  static I32 dot16(I32 a, I32 b) { return _mm512_madd_epi16(a, b); }
+  static I32 splat16(int v) { return _mm512_set1_epi16(static_cast<short>(v)); }
+  static I32 min16(I32 a, I32 b) { return _mm512_min_epi16(a, b); }
+  static I32 max16(I32 a, I32 b) { return _mm512_max_epi16(a, b); }
+  // v, one more where a >= b.
+  static I32 count_reached16(I32 v, I32 a, I32 b) {
+    return _mm512_mask_add_epi16(v, _mm512_cmpge_epi16_mask(a, b), v, splat16(1));
+  }
+  // table[the lowest four bits of every word].
+  static I32 look_up16(I32 v, const int16_t* table) {
+    return _mm512_permutexvar_epi16(v,
+                                    _mm512_broadcast_i64x4(_mm256_load_si256(reinterpret_cast<const __m256i*>(table))));
+  }
   static void store_low16(void* p, I32 v) { _mm256_storeu_si256(static_cast<__m256i*>(p), _mm512_cvtepi32_epi16(v)); }
   static void store_low8(void* p, I32 v) { _mm_storeu_si128(static_cast<__m128i*>(p), _mm512_cvtepi32_epi8(v)); }
 

@@ -59,7 +59,7 @@ def repack_rate() -> Rate:
     hidden, intermediate = _PACK_SHAPE
     codes = torch.zeros(intermediate, hidden // 2, dtype=torch.uint8)
     scales = torch.zeros(intermediate, hidden // 32 * 2, dtype=torch.uint8)
-    packed = PackedExperts.empty(1, hidden, intermediate, "int4")
+    packed = PackedExperts.empty(1, hidden, intermediate, "int4_sym")
     seconds = _best(2, lambda: packed.pack_codes_(0, 0, codes, [scales]))
     return Rate(4 * codes.nbytes / seconds, f"measured: one matrix of 3 MB, {native.num_threads()} threads")
 

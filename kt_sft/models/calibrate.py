@@ -169,7 +169,13 @@ def jobs_of(model: Any, folder: str, config: KtConfig, rounding: str = NEAREST) 
             intermediate_size=intermediate,
             config=config,
         )
-        yield replace(job, spec=replace(job.spec, rounding=rounding)).with_layouts()
+        job = replace(job, spec=replace(job.spec, rounding=rounding)).with_layouts()
+        if kept := {str(matrix) for layout in job.spec.layouts or () for matrix in layout} - {"int4"}:
+            raise ValueError(
+                f"calibration: expected experts that are not INT4 already, got {', '.join(sorted(kept))}, which stays "
+                "as it is; convert this model without --calibration"
+            )
+        yield job
 
 
 def _round_all(model: Any, folder: str, config: KtConfig, ids: Tensor, rounding: str) -> Packed:

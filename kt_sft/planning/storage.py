@@ -86,5 +86,7 @@ def _compressed(quantization: dict[str, Any], width: int) -> Storage:
     experts_only = any("attn" in str(pattern) for pattern in quantization.get("ignore") or [])
     scales = f"group {group}" if isinstance(group, int) and group > 0 else "per channel"
     rest = width if experts_only else size
-    kept = {("int", 4): MatrixFormat("int4", group or 0), ("fp", 8): MatrixFormat("fp8_channel", 0)}.get((kind, bits))
+    kept = {("int", 4): MatrixFormat("int4_sym", group or 0), ("fp", 8): MatrixFormat("fp8_channel", 0)}.get(
+        (kind, bits)
+    )
     return Storage(name=f"{kind}{bits}, {scales}", experts=size, rest=rest, width=width, kept=kept)

@@ -24,7 +24,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-IQ4_LEVELS = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
+from ..ops.quantize import INT4_LEVELS
+
+IQ4_LEVELS = INT4_LEVELS  # our own int4 has them too
 
 
 @dataclass(frozen=True)

@@ -32,7 +32,8 @@ _SUPER_SCALES: dict[str, Callable[[Tensor], list[Tensor]]] = {
 _BY_GROUP = {
     ("int8", torch.bfloat16, False): "int8",
     ("int8", torch.float16, False): "q8_0",
-    ("int4", torch.bfloat16, False): "int4",
+    ("int4", torch.bfloat16, False): "int4_sym",
+    ("iq4_nl", torch.bfloat16, False): "int4",
     ("int4", torch.float16, False): "q4_0",
     ("int4", torch.bfloat16, True): "uint4",
     ("int4", torch.float16, True): "uint4_fp16",
@@ -83,7 +84,9 @@ def choose_layout(layer: str, first: ExpertWeights, config: KtConfig) -> Layout:
     def chosen(name: str, weight: QuantizedWeight) -> MatrixFormat:
         stored = format_of(weight)
         if config.weight_format in QUANTISED:
-            return MatrixFormat(config.weight_format, resolve_group_size(config.weight_format, config.group_size))
+            matrix = MatrixFormat(config.weight_format, resolve_group_size(config.weight_format, config.group_size))
+            same = stored == MatrixFormat("int4_sym", matrix.group_size) and matrix.name == "int4"
+            return stored if stored is not None and same else matrix  # INT4 is not quantised twice
         if config.weight_format == "auto":
             return stored or MatrixFormat(_OTHERWISE, resolve_group_size(_OTHERWISE, config.group_size))
         if weight.kind == "float" and config.weight_format in ENCODED:

@@ -7,8 +7,9 @@ the right take up what each of them lost:
     e_k = (w_k - q_k) / U[k, k]          w_j -= e_k U[k, j]    for all j > k
 
 in blocks of 128 columns, so that most of it is matrix products. The scale of a group is the one of ops/quantize.py
-(least squared error of nine), chosen when the group is reached. The codes are those of the packed format int4: nothing
-else about it changes. Columns keep their order, since a group's scale must stay beside its columns.
+(least squared error), chosen when the group is reached, and q_k the nearest of its 16 levels. The codes are those of
+the packed format int4: nothing else about it changes. Columns keep their order, since a group's scale must stay beside
+its columns.
 Shape suffixes: N rows (outputs), K columns (inputs), G groups.
 """
 
@@ -17,7 +18,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..ops.quantize import CODES, quantize
+from ..ops.quantize import int4_values, inverse_of, nearest_int4, quantize
 from .quantized import QuantizedWeight, pack_nibbles
 
 BLOCK = 128  # columns
@@ -33,10 +34,9 @@ def round_int4(w_NK: Tensor, hessian_KK: Tensor, group_size: int) -> QuantizedWe
     if hessian_KK.shape != (columns, columns):
         raise ValueError(f"hessian: expected shape {(columns, columns)}, got {tuple(hessian_KK.shape)}")
     group = group_size or columns
-    least, most = CODES["int4"]
     factor_KK = _inverse_factor(hessian_KK)
     left_KN = w_NK.float().T.contiguous()  # what is left to be rounded; a column of W is a row here
-    codes_KN = torch.empty(columns, rows)
+    codes_KN = torch.empty(columns, rows, dtype=torch.uint8)
     scales_NG = torch.empty(rows, -(-columns // group), dtype=torch.bfloat16)
     for start in range(0, columns, BLOCK):
         end = min(start + BLOCK, columns)
@@ -46,13 +46,13 @@ def round_int4(w_NK: Tensor, hessian_KK: Tensor, group_size: int) -> QuantizedWe
                 part_NG = quantize(left_KN[k : k + group].T, "int4", group_size)[1]
                 scales_NG[:, k // group] = part_NG[:, 0]
                 scale_N = part_NG[:, 0].float()
-                inverse_N = torch.where(scale_N.abs() >= torch.finfo(torch.float32).tiny, 1.0 / scale_N, 0.0)
-            codes_KN[k] = (left_KN[k] * inverse_N).round_().clamp_(least, most)
-            errors_BN[k - start] = (left_KN[k] - codes_KN[k] * scale_N) / factor_KK[k, k]
+                inverse_N = inverse_of(scale_N)
+            codes_KN[k] = nearest_int4(left_KN[k] * inverse_N)
+            errors_BN[k - start] = (left_KN[k] - int4_values(codes_KN[k]) * scale_N) / factor_KK[k, k]
             left_KN[k + 1 : end].addr_(factor_KK[k, k + 1 : end], errors_BN[k - start], alpha=-1)
         left_KN[end:].addmm_(factor_KK[start:end, end:].T, errors_BN, alpha=-1)
-    codes = pack_nibbles((codes_KN.T + 8).to(torch.uint8))
-    return QuantizedWeight(kind="int4", shape=(rows, columns), codes=codes, scales=scales_NG, block=(1, group))
+    codes = pack_nibbles(codes_KN.T)
+    return QuantizedWeight(kind="iq4_nl", shape=(rows, columns), codes=codes, scales=scales_NG, block=(1, group))
 
 
 def _inverse_factor(hessian_KK: Tensor) -> Tensor:

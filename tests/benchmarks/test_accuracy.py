@@ -13,10 +13,7 @@ def _poisoned_memory():
     """Not needed here, and slow."""
 
 
-NOT_YET = pytest.mark.xfail(reason="16 even levels for 32 weights leave 14.3 %: the goal is 14 %")
-
-
-@pytest.mark.parametrize("name", [pytest.param(n, marks=NOT_YET) if "int4" in n else n for n in accuracy.ROWS])
+@pytest.mark.parametrize("name", accuracy.ROWS)
 def test_limits_hold(name):
     row = accuracy.measure_row(name, SMALL, tokens=32)
     if row.unavailable:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ from kt_sft.models.calibrate import SEQUENCE, pack_calibrated, sequences
 from kt_sft.models.convert import from_pretrained
 from kt_sft.models.pack import build_empty, pack_checkpoint
 from kt_sft.nn.experts import KtExperts
+from kt_sft.ops.layout import uniform
+from kt_sft.weights.loader import Job
 from tests.integrations.tiny import EXPERTS, LAYERS, SENTENCES, write_checkpoint
 
 TEXT = " ".join(SENTENCES * 100)
@@ -104,6 +107,14 @@ def test_experts_with_few_rows_are_rounded_to_the_nearest(model, tmp_path, monke
     (near,) = pack_checkpoint(model, settings(tmp_path / "near")).files
     data = slice(4096, 4096 + 1000)
     assert file.read_bytes()[data] == near.read_bytes()[data]
+
+
+def test_int4_of_the_checkpoint_is_not_rounded_again(model, tmp_path, monkeypatch):
+    """No test model is stored so: the layout says it."""
+    kept = uniform("int4_sym")
+    monkeypatch.setattr(Job, "with_layouts", lambda job: replace(job, spec=replace(job.spec, layouts=(kept,) * LAYERS)))
+    with pytest.raises(ValueError, match="calibration: expected experts that are not INT4 already, got int4_sym"):
+        pack_calibrated(model, settings(tmp_path), TEXT, tokens=TOKENS)
 
 
 def test_refused(model, tmp_path):

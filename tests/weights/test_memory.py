@@ -96,7 +96,7 @@ HELD = """
 
 @pytest.mark.parametrize(
     ("kind", "kept"),
-    [("fp8_block", "fp8"), ("int4_group32", "int4"), ("mxfp4_deepseek_v4", "mxfp4")],
+    [("fp8_block", "fp8"), ("int4_group32", "int4_sym"), ("mxfp4_deepseek_v4", "mxfp4")],
 )
 def test_experts_kept_as_stored_take_their_bytes(tmp_path, kind, kept):
     """Growth of the resident set against the bytes that the checkpoint has for experts."""

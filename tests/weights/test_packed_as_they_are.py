@@ -21,7 +21,7 @@ KEPT = {
     "fp8_block_bf16_scales": "fp8",
     "fp8_block_ue8m0": "fp8",
     "fp8_channel": "fp8_channel",
-    "int4_group32": "int4",
+    "int4_group32": "int4_sym",
     "int4_group32_zeros": "uint4",
     "mxfp4_deepseek_v4": "mxfp4",
     "gptq": "uint4_fp16",
@@ -29,7 +29,7 @@ KEPT = {
     "awq": "uint4_fp16",
 }
 KEPT_GGUF = {kind: kind.lower() for kind in ("Q4_0", "Q8_0", "IQ4_NL", "MXFP4", "Q4_K", "Q5_K", "Q6_K")}
-SETTINGS = {"fp8": "FP8", "fp8_channel": "FP8", "int4": "RAWINT4", "mxfp4": "MXFP4"}
+SETTINGS = {"fp8": "FP8", "fp8_channel": "FP8", "int4_sym": "RAWINT4", "mxfp4": "MXFP4"}
 
 
 def stored_values(folder: Path, layers, expert: int):

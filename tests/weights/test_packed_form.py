@@ -7,7 +7,7 @@ import torch
 from kt_sft import native
 from kt_sft.ops import ExpertsLora, PackedExperts, moe_experts
 from kt_sft.ops.layout import MatrixFormat
-from kt_sft.ops.quantize import quantize
+from kt_sft.ops.quantize import INT4_LEVELS, quantize
 from kt_sft.weights.gguf_blocks import BLOCKS
 from kt_sft.weights.packed_form import format_of, pack
 from kt_sft.weights.quantized import QuantizedWeight, pack_nibbles
@@ -59,7 +59,8 @@ def _super(kind):
 
 
 MAKERS = {
-    "int4": _simple("int4", torch.bfloat16, (1, 32)),
+    "int4": _simple("iq4_nl", torch.bfloat16, (1, 32)),
+    "int4_sym": _simple("int4", torch.bfloat16, (1, 32)),
     "int8": _simple("int8", torch.bfloat16, "channel"),
     "fp8": _simple("fp8_e4m3", torch.float32, (128, 128)),
     "fp8 bf16 scales": _simple("fp8_e4m3", torch.bfloat16, (128, 128)),
@@ -205,10 +206,9 @@ def test_codes_of_another_format_and_bad_scales_are_refused():
 
 def test_int4_of_the_quantiser_is_the_same_packed_either_way():
     w = torch.randn(64, 96)
-    codes, scales = quantize(w, "int4", 32)
-    source = QuantizedWeight(
-        kind="int4", shape=(64, 96), codes=pack_nibbles((codes + 8).to(torch.uint8)), scales=scales, block=(1, 32)
-    )
+    values, scales = quantize(w, "int4", 32)
+    codes = torch.searchsorted(torch.tensor(INT4_LEVELS), values.long()).to(torch.uint8)
+    source = QuantizedWeight(kind="iq4_nl", shape=(64, 96), codes=pack_nibbles(codes), scales=scales, block=(1, 32))
     first, second = PackedExperts.empty(1, 96, 64, "int4"), PackedExperts.empty(1, 96, 64, "int4")
     for packed in (first, second):
         packed.storage.zero_()

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kt_sft.ops.quantize import CODES, dequantize, quantize
+from kt_sft.ops.quantize import INT4_LEVELS, dequantize, int4_values, quantize
 from kt_sft.weights.quantized import QuantizedWeight
 from kt_sft.weights.rounding import DAMPING, round_int4
 
@@ -25,22 +25,22 @@ def matrix(columns: int = K) -> Tensor:
     return 0.02 * torch.randn(N, columns, generator=torch.Generator().manual_seed(1))
 
 
-def codes_of(weight: QuantizedWeight) -> Tensor:
-    parts = torch.stack([weight.codes & 15, weight.codes >> 4], dim=-1).flatten(1)
-    return parts.to(torch.int8) - 8
+def values_of(weight: QuantizedWeight) -> Tensor:
+    return int4_values(torch.stack([weight.codes & 15, weight.codes >> 4], dim=-1).flatten(1)).to(torch.int8)
 
 
 def by_definition(w_NK: Tensor, hessian_KK: Tensor, scale_N: Tensor) -> Tensor:
     """Optimal brain surgeon, column by column: the inverse of what is left is computed anew each time."""
     hessian_KK = hessian_KK.double()
     hessian_KK += DAMPING * hessian_KK.diagonal().mean() * torch.eye(len(hessian_KK))
-    left_NK, codes_NK = w_NK.double().clone(), torch.empty(w_NK.shape, dtype=torch.int8)
+    left_NK, values_NK = w_NK.double().clone(), torch.empty(w_NK.shape, dtype=torch.int8)
+    levels = torch.tensor(INT4_LEVELS, dtype=torch.int8)
     for k in range(w_NK.shape[1]):
         inverse = torch.linalg.inv(hessian_KK[k:, k:])
-        codes_NK[:, k] = (left_NK[:, k] / scale_N).round().clamp(*CODES["int4"]).to(torch.int8)
-        error_N = (left_NK[:, k] - codes_NK[:, k] * scale_N) / inverse[0, 0]
+        values_NK[:, k] = levels[((left_NK[:, k] / scale_N)[:, None] - levels).abs().argmin(1)]
+        error_N = (left_NK[:, k] - values_NK[:, k] * scale_N) / inverse[0, 0]
         left_NK[:, k:] -= error_N[:, None] * inverse[0]
-    return codes_NK
+    return values_NK
 
 
 def test_codes_are_those_of_the_definition():
@@ -49,7 +49,7 @@ def test_codes_are_those_of_the_definition():
     assert got.scales is not None
     assert torch.equal(got.scales, quantize(w, "int4", 0)[1])
     expected = by_definition(w, x.T @ x, got.scales[:, 0].double())
-    assert (codes_of(got) == expected).float().mean() > 0.999
+    assert (values_of(got) == expected).float().mean() > 0.999
 
 
 @pytest.mark.parametrize("group_size", [0, 32, 64, 128])
@@ -57,11 +57,11 @@ def test_codes_are_those_of_the_definition():
 def test_equal_inputs_that_are_independent_leave_rounding_to_the_nearest(group_size, columns):
     w = matrix(columns)
     got = round_int4(w, 3 * torch.eye(columns), group_size)
-    codes, scales = quantize(w, "int4", group_size)
+    values, scales = quantize(w, "int4", group_size)
     assert got.scales is not None
-    assert torch.equal(codes_of(got), codes)
+    assert torch.equal(values_of(got), values)
     assert torch.equal(got.scales, scales)
-    assert torch.equal(got.dequantize(torch.bfloat16), dequantize(codes, scales, group_size))
+    assert torch.equal(got.dequantize(torch.bfloat16), dequantize(values, scales, group_size))
 
 
 @pytest.mark.parametrize("group_size", [0, 32, 128])
