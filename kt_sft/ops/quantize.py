@@ -16,14 +16,20 @@ s itself, with the levels of t = 1, is the tenth candidate. Shape suffixes: N ro
 
 from __future__ import annotations
 
+from bisect import bisect_right
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 
 INT4_LEVELS = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
 _LEVELS = torch.tensor(INT4_LEVELS, dtype=torch.int32)
-_MIDPOINTS = (_LEVELS[1:] + _LEVELS[:-1]) / 2
+_MIDDLES = [(a + b) / 2 for a, b in pairwise(INT4_LEVELS)]
+_MIDPOINTS = torch.tensor(_MIDDLES)
 _HALVES = 512  # midpoints are whole or half numbers: the level nearest to a number, by the half below it
-_BY_HALF = _LEVELS[torch.bucketize(torch.arange(-_HALVES, _HALVES) / 2, _MIDPOINTS, right=True)]
+_BY_HALF = torch.tensor(
+    [INT4_LEVELS[bisect_right(_MIDDLES, i / 2)] for i in range(-_HALVES, _HALVES)], dtype=torch.int32
+)
 _BLOCK = 32  # columns of a weight block
 _TRIALS = (1, 0.80, 0.88, 0.94, 0.98, 1.04, 1.16, -1.04, -1.12)
 _TINY = torch.finfo(torch.float32).tiny

@@ -1,4 +1,4 @@
-"""Torch's OpenMP threads must not spin on the cores that the kernels need."""
+"""Torch's OpenMP threads must not spin on the cores that the kernels need, nor begin before they are wanted."""
 
 import os
 import subprocess
@@ -34,3 +34,20 @@ def test_openmp_threads_go_to_sleep():
     if before < 0.002:
         pytest.skip(f"this OpenMP does not spin ({before * 1e3:.2f} ms)")
     assert after < before / 4, f"{before * 1e3:.2f} ms before, {after * 1e3:.2f} ms after"
+
+
+IMPORTS = """
+import importlib, os, pkgutil, torch
+before = os.listdir("/proc/self/task")
+import kt_sft
+for package in ("ops", "weights", "distributed"):  # the others import PEFT, which has a thread
+    for module in pkgutil.iter_modules(importlib.import_module(f"kt_sft.{package}").__path__, f"kt_sft.{package}."):
+        importlib.import_module(module.name)
+print(*set(os.listdir("/proc/self/task")) - set(before))
+"""
+
+
+def test_importing_starts_no_thread():
+    """A process that forks after OpenMP has threads hangs at the child's next parallel loop."""
+    done = subprocess.run([sys.executable, "-c", IMPORTS], capture_output=True, text=True, timeout=120, check=True)
+    assert done.stdout.split() == []
