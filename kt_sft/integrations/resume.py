@@ -35,6 +35,7 @@ def patch_trainer(module: Any) -> None:
     """Let ``Trainer`` read what another launcher wrote."""
     trainer = module.Trainer
     load = trainer._load_from_checkpoint
+    trainer.train = _from_a_whole_checkpoint(trainer.train)
     trainer._inner_training_loop = _loading_adapter_before_sharding(trainer._inner_training_loop, load)
     trainer._load_from_checkpoint = _loading_weights(load)
     trainer._load_optimizer_and_scheduler = _loading_optimizer(trainer._load_optimizer_and_scheduler)
@@ -59,8 +60,21 @@ def _is_complete(checkpoint: Path) -> bool:
     return True
 
 
+def _from_a_whole_checkpoint(stock: Callable) -> Callable:
+    @functools.wraps(stock)
+    def train(self: Any, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        if resume_from_checkpoint and _has_experts(self.model):
+            if resume_from_checkpoint is True:
+                resume_from_checkpoint = last_complete_checkpoint(self.args.output_dir) or True
+            else:
+                _refuse_incomplete(Path(resume_from_checkpoint))
+        return stock(self, resume_from_checkpoint, *args, **kwargs)
+
+    return train
+
+
 def _refuse_incomplete(checkpoint: Path) -> None:
-    if not _is_complete(checkpoint):
+    if checkpoint.is_dir() and not _is_complete(checkpoint):
         raise ValueError(
             f"resume_from_checkpoint: expected a whole checkpoint, got {checkpoint} without a whole trainer_state.json "
             "(the run ended while saving it); without resume_from_checkpoint the last whole one of output_dir is taken"
@@ -73,15 +87,10 @@ def written_by_another(trainer: Any, checkpoint: str | None) -> str | None:
     Raises:
         ValueError: a checkpoint that only the launcher that wrote it can read.
     """
-    from kt_sft.nn.experts import KtExperts
-
-    if checkpoint is None or not any(isinstance(module, KtExperts) for module in trainer.model.modules()):
+    if checkpoint is None or not _has_experts(trainer.model):
         return None
     folder = Path(checkpoint)
-    if not folder.is_dir():
-        return None
-    _refuse_incomplete(folder)
-    if trainer.is_deepspeed_enabled:
+    if trainer.is_deepspeed_enabled or not folder.is_dir():
         return None
     if any(folder.glob("global_step*")):
         raise ValueError(
@@ -92,6 +101,12 @@ def written_by_another(trainer: Any, checkpoint: str | None) -> str | None:
     if trainer.is_fsdp_enabled:
         return None if any(folder.glob("pytorch_model_fsdp*")) else "plain"
     return "fsdp" if (folder / WEIGHTS).exists() else None
+
+
+def _has_experts(model: Any) -> bool:
+    from kt_sft.nn.experts import KtExperts
+
+    return any(isinstance(module, KtExperts) for module in model.modules())
 
 
 def _loading_adapter_before_sharding(stock: Callable, load: Callable) -> Callable:

@@ -19,7 +19,6 @@ import pytest
 import torch
 
 from benchmarks.loading import write_checkpoint
-from kt_sft.weights.loader import READERS
 
 from . import published
 from .checkpoints import search_path
@@ -79,18 +78,19 @@ HELD = """
     from kt_sft.weights.checkpoint import ExpertTensors
     from kt_sft.weights.loader import load_experts
 
-    def resident():
-        return int(re.search(r"VmRSS:\\s+(\\d+)", open("/proc/self/status").read())[1]) << 10
-
-    def load(folder):
-        layers = {name: ExpertTensors(**names) for name, names in json.load(open(folder + "/layers.json")).items()}
-        sizes = json.load(open(folder + "/sizes.json"))
-        return load_experts(folder, layers, config=KtConfig(cache_dir="none"), progress=False, **sizes)
-
-    load(sys.argv[1])  # and freed: what code needs once, whatever the size, is not what is measured
-    before = resident()
-    packed = load(sys.argv[1])
-    print(resident() - before, *{p.weight_format for p in packed.values()})
+    folder = sys.argv[1]
+    layers = {name: ExpertTensors(**names) for name, names in json.load(open(folder + "/layers.json")).items()}
+    sizes = json.load(open(folder + "/sizes.json"))
+    packed = load_experts(folder, layers, config=KtConfig(cache_dir="none"), progress=False, **sizes)
+    places, held, counts = {p.storage.data_ptr() for p in packed.values()}, 0, False
+    for line in open("/proc/self/smaps"):
+        mapping = re.match("([0-9a-f]+)-([0-9a-f]+) ", line)
+        if mapping:
+            begin, end = (int(address, 16) for address in mapping.groups())
+            counts = any(begin <= place < end for place in places)
+        elif counts and line.startswith("Rss:"):
+            held += int(line.split()[1]) << 10
+    print(held, *{p.weight_format for p in packed.values()})
 """
 
 
@@ -99,7 +99,7 @@ HELD = """
     [("fp8_block", "fp8"), ("int4_group32", "int4_sym"), ("mxfp4_deepseek_v4", "mxfp4")],
 )
 def test_experts_kept_as_stored_take_their_bytes(tmp_path, kind, kept):
-    """Growth of the resident set against the bytes that the checkpoint has for experts."""
+    """Resident memory of the mappings that hold the experts against the bytes that the checkpoint has for them."""
     F = 4096
     stacks = {"model.layers.0.mlp.experts": [torch.randn(2, F, 2048), torch.randn(2, F, 2048), torch.randn(2, 2048, F)]}
     made = published.SAFETENSORS[kind](stacks)
@@ -112,11 +112,9 @@ def test_experts_kept_as_stored_take_their_bytes(tmp_path, kind, kept):
     env = {**os.environ, "PYTHONPATH": search_path(root)}
     done = subprocess.run(command, cwd=root, env=env, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
-    grown, found = done.stdout.split()
+    held, found = done.stdout.split()
     assert found == kept
-    # malloc keeps the end of the readers' heaps: a matrix each; and a huge page may begin outside
-    kept_by_malloc = READERS * max(tensor.nbytes for tensor in made.tensors.values()) + 2e6
-    assert 0.8 * stored < int(grown) <= 1.03 * stored + kept_by_malloc
+    assert 0.99 * stored < int(held) <= 1.03 * stored
 
 
 SHARER = """
