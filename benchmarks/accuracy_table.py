@@ -180,7 +180,7 @@ def _write_gguf(model_dir: Path, file: Path, kinds: tuple[str, str]) -> None:
     from kt_sft.models.calibrate import jobs_of
     from kt_sft.models.pack import build_empty
 
-    config = KtConfig(cache_dir="none")
+    config = KtConfig(cache_dir="none", weight_format="int4")  # the reader of the experts is what counts
     (job,) = jobs_of(build_empty(str(model_dir), config), str(model_dir), config)
     write_gguf(file, job.readers, job.spec.num_experts, *kinds)
 
