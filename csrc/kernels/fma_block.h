@@ -21,6 +21,11 @@ inline void prefetch_codes(Ahead& ahead, int q_tiles) {
   ahead.at += lines * 64, ahead.lines -= lines;
 }
 
+// Nothing to decode beside a product; PanelDecoder of decode.h is the other kind.
+struct NoDecoder {
+  static constexpr bool kAny = false;
+};
+
 // C tile (i, j) is at c + i * c_i + j * c_j, [16][16] floats.
 struct BlockArgs {
   const void* left;
@@ -34,9 +39,32 @@ struct BlockArgs {
   Ahead ahead;
 };
 
-template <class Mac, int Rows, int Tiles>
+// One reduction tile; each(step) is done between the steps.
+template <class Mac, int Rows, int Tiles, class Each>
+inline __attribute__((always_inline)) void multiply_steps(typename Mac::Acc (&acc)[Rows][Tiles * Mac::kVecs],
+                                                          const typename Mac::Elem* left,
+                                                          const typename Mac::Elem* right, int64_t right_stride,
+                                                          const Each& each) {
+  constexpr int kV = Mac::kVecs;
+  for (int s = 0; s < Mac::kSteps; ++s) {
+    typename Mac::Right b[Tiles * kV];
+#pragma GCC unroll 4
+    for (int v = 0; v < Tiles * kV; ++v)
+      b[v] = Mac::load_right(right + (v / kV) * right_stride * kTileElems, s, v % kV);
+    each(s);
+#pragma GCC unroll 16
+    for (int r = 0; r < Rows; ++r) {
+      const auto a = Mac::broadcast_left(left + r * kTileSteps, s);
+#pragma GCC unroll 4
+      for (int v = 0; v < Tiles * kV; ++v) acc[r][v] = Mac::madd(acc[r][v], a, b[v]);
+    }
+  }
+}
+
+// Decodes the next panel meanwhile.
+template <class Mac, int Rows, int Tiles, class Decoder>
 inline void multiply_block(const typename Mac::Elem* left, const typename Mac::Elem* right, int64_t right_stride,
-                           float* c, int64_t c_j, int q_tiles, bool accumulate, Ahead& ahead) {
+                           float* c, int64_t c_j, int q_tiles, bool accumulate, Ahead& ahead, Decoder& decoder) {
   constexpr int kV = Mac::kVecs;
   typename Mac::Acc acc[Rows][Tiles * kV];
 #pragma GCC unroll 16
@@ -49,18 +77,16 @@ inline void multiply_block(const typename Mac::Elem* left, const typename Mac::E
   for (int q = 0; q < q_tiles; ++q) {
     for (int i = 0; i < lines; ++i) __builtin_prefetch(ahead.at + q * ahead.stride + i * 64);
     const auto* l = left + int64_t{q} * kTileElems;
-    const auto* r0 = right + int64_t{q} * kTileElems;
-    for (int s = 0; s < Mac::kSteps; ++s) {
-      typename Mac::Right b[Tiles * kV];
-#pragma GCC unroll 4
-      for (int v = 0; v < Tiles * kV; ++v) b[v] = Mac::load_right(r0 + (v / kV) * right_stride * kTileElems, s, v % kV);
-#pragma GCC unroll 16
-      for (int r = 0; r < Rows; ++r) {
-        const auto a = Mac::broadcast_left(l + r * kTileSteps, s);
-#pragma GCC unroll 4
-        for (int v = 0; v < Tiles * kV; ++v) acc[r][v] = Mac::madd(acc[r][v], a, b[v]);
+    const auto* r = right + int64_t{q} * kTileElems;
+    if constexpr (Decoder::kAny) {
+      static_assert(Mac::kSteps == kPairs);
+      if (decoder.more()) {
+        const auto unit = decoder.take();
+        multiply_steps<Mac, Rows, Tiles>(acc, l, r, right_stride, [&](int step) { unit.pair(step); });
+        continue;
       }
     }
+    multiply_steps<Mac, Rows, Tiles>(acc, l, r, right_stride, [](int) {});
   }
   ahead.at += lines * 64, ahead.lines -= lines;
 #pragma GCC unroll 16
@@ -72,30 +98,39 @@ inline void multiply_block(const typename Mac::Elem* left, const typename Mac::E
 }
 
 // Rows of a left tile times right tiles [j, j_end): Rows at a time, the rest, which a tile pads with zeros, in halves.
-template <class Mac, int Rows, int Tiles>
-inline void multiply_rows(const BlockArgs& g, int tile, int row, int rows, int j_begin, int j_end, Ahead& ahead) {
+template <class Mac, int Rows, int Tiles, class Decoder>
+inline void multiply_rows(const BlockArgs& g, int tile, int row, int rows, int j_begin, int j_end, Ahead& ahead,
+                          Decoder& decoder) {
   using Elem = typename Mac::Elem;
   const Elem* left = static_cast<const Elem*>(g.left) + tile * g.left_stride * kTileElems;
   const Elem* right = static_cast<const Elem*>(g.right);
   constexpr int kLess = Rows > 4 ? Rows / 2 : 0;
+  NoDecoder none;
+  auto& beside = [&]() -> auto& {
+    if constexpr (Rows * Tiles == Mac::kRows * Mac::kTiles)
+      return decoder;
+    else
+      return none;
+  }();
   for (; rows - row > kLess; row += Rows)
     for (int j = j_begin; j < j_end; j += Tiles)
       multiply_block<Mac, Rows, Tiles>(left + row * kTileSteps, right + j * g.right_stride * kTileElems, g.right_stride,
-                                       g.c + tile * g.c_i + row * 16 + j * g.c_j, g.c_j, g.q_tiles, g.accumulate,
-                                       ahead);
+                                       g.c + tile * g.c_i + row * 16 + j * g.c_j, g.c_j, g.q_tiles, g.accumulate, ahead,
+                                       beside);
   if constexpr (kLess > 0)
-    if (row < rows) multiply_rows<Mac, kLess, Tiles>(g, tile, row, rows, j_begin, j_end, ahead);
+    if (row < rows) multiply_rows<Mac, kLess, Tiles>(g, tile, row, rows, j_begin, j_end, ahead, decoder);
 }
 
-template <class Mac>
-inline void multiply_tiles(const BlockArgs& g) {
+template <class Mac, class Decoder>
+inline void multiply_tiles(const BlockArgs& g, Decoder& decoder) {
   constexpr int kRows = Mac::kRows, kTiles = Mac::kTiles;
   const int whole = g.right_tiles / kTiles * kTiles;
   Ahead ahead = g.ahead;
   for (int tile = 0; tile * kTileRows < g.rows; ++tile) {
     const int rows = g.rows - tile * kTileRows < kTileRows ? g.rows - tile * kTileRows : kTileRows;
-    multiply_rows<Mac, kRows, kTiles>(g, tile, 0, rows, 0, whole, ahead);
-    if constexpr (kTiles > 1) multiply_rows<Mac, kRows * kTiles, 1>(g, tile, 0, rows, whole, g.right_tiles, ahead);
+    multiply_rows<Mac, kRows, kTiles>(g, tile, 0, rows, 0, whole, ahead, decoder);
+    if constexpr (kTiles > 1)
+      multiply_rows<Mac, kRows * kTiles, 1>(g, tile, 0, rows, whole, g.right_tiles, ahead, decoder);
   }
 }
 

@@ -7,70 +7,7 @@
 
 inline int min_int(int a, int b) { return a < b ? a : b; }
 
-// 32 weight columns and some reduction tiles of a matrix, in blocks.
-struct Panel {
-  int strip, q0, q_tiles;
-};
-
-// ---- decoding packed blocks into tiles
-// -------------------------------------------------------------------------------
-
-// A right tile of bf16 pairs from codes that lie in the same order: no shuffles, the scales are doubled instead.
-template <class R, class Target>
-inline void decode_ordered(const uint8_t* at, Vec::F32 scale, typename Target::Elem* to) {
-  const auto first_scale = Vec::twice_low(scale), second_scale = Vec::twice_high(scale);
-  for (int p = 0; p < kPairs; ++p) {
-    Vec::F32 first, second;
-    R::Codes::decode_pairs(at, p, first, second);
-    Target::store_pairs(to + p * kBlock, Vec::mul(first, first_scale), Vec::mul(second, second_scale));
-  }
-}
-
-// A panel as tiles [2][q tile], which start kPanelTiles apart.
-//   right: strip = 32 rows n (block row), q = k        left: strip = 32 columns k (block column), q = n
-template <class R, Side kSide>
-inline void decode_panel(const PackedMatrix& w, const Panel& at, Ops::Elem* dst) {
-  using Codes = typename R::Codes;
-  constexpr bool kRight = kSide == Side::right, kPairTiles = sizeof(Ops::Elem) == 2;
-  for (int q = 0; q < at.q_tiles; ++q) {
-    const int nb = kRight ? at.strip : at.q0 + q, kb = kRight ? at.q0 + q : at.strip;
-    const uint8_t* block = w.block(nb, kb);
-    for (int half = 0; half < kStripTiles; ++half) {
-      const uint8_t* codes = block + half * kTileRows * Codes::kPairBytes;
-      Ops::Elem* to = dst + (half * kPanelTiles + q) * kTileElems;
-      const Weights<R> weights(w, nb, kb, half);
-      if constexpr (kRight && kPairTiles && !R::Scales::kAny) {
-        for (int p = 0; p < kPairs; ++p) __builtin_memcpy(to + p * kBlock, codes + p * kBlock * 4, 64);
-      } else if constexpr (kRight && kPairTiles && Codes::kOrdered) {
-        decode_ordered<R, Ops>(codes, weights.scales[0], to);
-      } else {
-        for (int p = 0; p < kPairs; ++p) {
-          Vec::F32 even, odd;  // columns 2p and 2p + 1 of 16 rows n
-          Codes::decode(codes, p, even, odd);
-          even = weights.of(even, p), odd = weights.of(odd, p);
-          if constexpr (kRight) {
-            Ops::store_right(to, p, even, odd);
-          } else {
-            Ops::Elem* row = dst + (2 * p / kTileRows * kPanelTiles + q) * kTileElems;
-            row += 2 * p % kTileRows * kTileSteps + half * kTileRows;
-            Ops::store_left(row, even);
-            Ops::store_left(row + kTileSteps, odd);
-          }
-        }
-      }
-    }
-  }
-}
-
-inline void decode_any(Side weight_side, const PackedMatrix& w, const Panel& at, Ops::Elem* dst) {
-  switch (w.format) {
-#define KT_FORMAT(name, Codes, Scales, bits, ...)                                                        \
-  case kt_sft::Format::name:                                                                             \
-    return weight_side == Side::right ? decode_panel<Row<kt_sft::Format::name>, Side::right>(w, at, dst) \
-                                      : decode_panel<Row<kt_sft::Format::name>, Side::left>(w, at, dst);
-#include "kernels/registry.inc"
-  }
-}
+#include "kernels/decode.h"
 
 // ---- packing dense operands
 // ------------------------------------------------------------------------------------------
@@ -232,58 +169,104 @@ inline void pack_tiles(const PackArgs& p) {
 // ------------------------------------------------------------------------------------------------------
 
 constexpr int kPanelElems = kStripTiles * kPanelTiles * kTileElems;
+constexpr int kPanels = ActiveOps::kInterleaves ? 2 : 1;  // one is multiplied while the next is decoded
 static_assert(kSkinnyScratch <= size_t{kMaxRows} * kMaxCols * sizeof(float));
-constexpr size_t kScratchBytes = kPanelElems * sizeof(Ops::Elem) + size_t{kMaxRows} * kMaxCols * sizeof(float);
+constexpr size_t kScratchBytes =
+    kPanels * kPanelElems * sizeof(Ops::Elem) + size_t{kMaxRows} * kMaxCols * sizeof(float);
 
 // Accumulator tile (m tile, weight tile) of a strip.
 inline float* accumulator(float* c, int strip, int m_tiles, int m_tile, int w_tile) {
   return c + ((int64_t{strip} * m_tiles + m_tile) * kStripTiles + w_tile) * 256;
 }
 
-// The codes of the panel after strip `strip` of q0, one panel ahead of its decoding: those of its blocks, one for each
-// q. After the last one come the caller's next codes.
-inline Ahead codes_ahead(const GemmArgs& g, const GemmTerm& term, int strip, int q0) {
-  if (term.packed == nullptr) return {};
-  const PackedMatrix* w = term.packed;
-  int next = g.c0 / kBlock + strip + 1;
-  if (next * kBlock >= g.c0 + g.nc) next = g.c0 / kBlock, q0 += kPanelTiles;
-  if (q0 * kTileSteps >= term.q) {
-    if (g.upcoming == nullptr || &term != g.terms + g.num_terms - 1) return {};
-    w = &g.upcoming->packed, next = g.upcoming->c0 / kBlock, q0 = 0;
+// The panels of a call in their order: strips innermost, then the reduction, then the terms.
+struct Position {
+  const GemmArgs& g;
+  int term = 0, q0 = 0, strip = 0;
+
+  explicit Position(const GemmArgs& g) : g(g) { skip_empty(); }
+  bool valid() const { return term < g.num_terms; }
+  const GemmTerm& of() const { return g.terms[term]; }
+  int q_tiles() const { return min_int(kPanelTiles, static_cast<int>(ceil_div(of().q, kTileSteps)) - q0); }
+  Panel panel() const { return {g.c0 / kBlock + strip, q0, q_tiles()}; }
+  void advance() {
+    if (++strip * kBlock < g.nc) return;
+    strip = 0, q0 += kPanelTiles;
+    if (q0 * kTileSteps < of().q) return;
+    q0 = 0, ++term;
+    skip_empty();
+  }
+
+ private:
+  void skip_empty() {
+    while (valid() && of().q <= 0) ++term;
+  }
+};
+
+// The codes of the panel at `at`, those of its blocks, one for each q. Beyond the call's last panel they are the
+// caller's next codes, from strip `beyond` on.
+inline Ahead codes_ahead(const GemmArgs& g, const Position& at, int beyond) {
+  const PackedMatrix* w;
+  int next, q0 = 0;
+  if (at.valid()) {
+    w = at.of().packed, next = g.c0 / kBlock + at.strip, q0 = at.q0;
+  } else {
+    w = g.upcoming != nullptr ? &g.upcoming->packed : nullptr;
+    next = g.upcoming != nullptr ? g.upcoming->c0 / kBlock + beyond : 0;
   }
   const bool right = g.side == Side::left;
+  if (w == nullptr || next >= (right ? w->row_blocks() : w->col_blocks())) return {};
   const int lines = w->block_bytes() / 64, blocks = (g.m + 7) / 8;  // register blocks that share the work, at least
   return {right ? w->block(next, q0) : w->block(q0, next), int64_t{w->block_bytes()} * (right ? 1 : w->col_blocks()),
           lines, (lines + blocks - 1) / blocks};
 }
 
-inline void multiply_panel(const GemmArgs& g, const GemmTerm& term, int strip, int q0, int q_tiles, bool accumulate,
-                           const Ops::Elem* panel, float* c) {
-  const int m_tiles = (g.m + kTileRows - 1) / kTileRows;
+inline BlockArgs panel_product(const Position& at, bool accumulate, const Ops::Elem* panel, float* c,
+                               const Ahead& ahead) {
+  const GemmArgs& g = at.g;
+  const GemmTerm& term = at.of();
+  const int m_tiles = (g.m + kTileRows - 1) / kTileRows, q_tiles = at.q_tiles();
   const int all_q = term.act_tiles > 0 ? term.act_tiles : (term.q + kTileSteps - 1) / kTileSteps;
-  const auto* act = static_cast<const Ops::Elem*>(term.act) + int64_t{q0} * kTileElems;
-  float* acc = accumulator(c, strip, m_tiles, 0, 0);
-  const Ahead ahead = codes_ahead(g, term, strip, q0);
-  if (g.side == Side::left) {
-    ActiveOps::multiply(
-        {act, panel, acc, all_q, kPanelTiles, kStripTiles * 256, 256, g.m, kStripTiles, q_tiles, accumulate, ahead});
-  } else {
-    ActiveOps::multiply(
-        {panel, act, acc, kPanelTiles, all_q, 256, kStripTiles * 256, kBlock, m_tiles, q_tiles, accumulate, ahead});
-  }
+  const auto* act = static_cast<const Ops::Elem*>(term.act) + int64_t{at.q0} * kTileElems;
+  float* acc = accumulator(c, at.strip, m_tiles, 0, 0);
+  if (g.side == Side::left)
+    return {act, panel, acc, all_q, kPanelTiles, kStripTiles * 256, 256, g.m, kStripTiles, q_tiles, accumulate, ahead};
+  return {panel, act, acc, kPanelTiles, all_q, 256, kStripTiles * 256, kBlock, m_tiles, q_tiles, accumulate, ahead};
 }
 
-inline void load_panel(const GemmArgs& g, const GemmTerm& term, int strip, int q0, int q_tiles, Ops::Elem* panel) {
+inline void load_panel(const Position& at, Ops::Elem* panel) {
+  const GemmArgs& g = at.g;
+  const GemmTerm& term = at.of();
   const Side weight_side = g.side == Side::left ? Side::right : Side::left;
-  if (term.packed != nullptr) {
-    decode_any(weight_side, *term.packed, {g.c0 / kBlock + strip, q0, q_tiles}, panel);
-    return;
-  }
-  const int c = g.c0 + strip * kBlock, q = q0 * kTileSteps;
-  const int nc = min_int(kBlock, g.c0 + g.nc - c), nq = min_int(q_tiles * kTileSteps, term.q - q);
+  if (term.packed != nullptr)
+    return with_decoder(weight_side, *term.packed, at.panel(), panel, [](auto decoder) { decoder.finish(); });
+  const int c = g.c0 + at.strip * kBlock, q = at.q0 * kTileSteps;
+  const int nc = min_int(kBlock, g.c0 + g.nc - c), nq = min_int(at.q_tiles() * kTileSteps, term.q - q);
   if (nc <= kTileRows)
     __builtin_memset(panel + kPanelTiles * kTileElems, 0, kPanelTiles * kTileElems * sizeof(Ops::Elem));
   pack_tiles({weight_side, *term.dense, c, nc, q, nq, panel, kPanelTiles});
+}
+
+// Whether a product decodes the next panel meanwhile. Two panels fill most of L1: with many left rows, which pass
+// through it for every panel, that costs more than it hides.
+inline bool interleaves(const GemmArgs& g) {
+  return ActiveOps::kInterleaves && (g.side == Side::right || g.m <= ActiveOps::kInterleavedLeftRows);
+}
+
+// One panel's product; meanwhile, or after it, the next panel is made ready.
+inline void multiply_panel(const BlockArgs& product, const Position& next, Ops::Elem* next_panel) {
+  if constexpr (ActiveOps::kInterleaves) {
+    if (interleaves(next.g) && next.valid() && next.of().packed != nullptr) {
+      const Side weight_side = next.g.side == Side::left ? Side::right : Side::left;
+      return with_decoder(weight_side, *next.of().packed, next.panel(), next_panel, [&](auto decoder) {
+        ActiveOps::multiply(product, decoder);
+        decoder.finish();
+      });
+    }
+  }
+  NoDecoder none;
+  ActiveOps::multiply(product, none);
+  if (next.valid()) load_panel(next, next_panel);
 }
 
 inline void emit_tile(const float* tile, int rows, int cols, float* out, int64_t ldo) {
@@ -320,24 +303,28 @@ inline void emit(const GemmArgs& g, const float* c) {
 
 inline void gemm(const GemmArgs& g) {
   if (g.m <= kSkinnyRows) return skinny_gemm(g);
-  auto* panel = static_cast<Ops::Elem*>(g.scratch);
-  auto* c = reinterpret_cast<float*>(panel + kPanelElems);
-  const int strips = (g.nc + kBlock - 1) / kBlock;
-  bool accumulate = false;
-  ActiveOps::begin();
-  for (int t = 0; t < g.num_terms; ++t) {
-    const GemmTerm& term = g.terms[t];
-    const int all_q = (term.q + kTileSteps - 1) / kTileSteps;
-    for (int q0 = 0; q0 < all_q; q0 += kPanelTiles) {
-      const int q_tiles = min_int(kPanelTiles, all_q - q0);
-      for (int strip = 0; strip < strips; ++strip) {
-        load_panel(g, term, strip, q0, q_tiles, panel);
-        multiply_panel(g, term, strip, q0, q_tiles, accumulate, panel, c);
-      }
-      accumulate = true;
+  auto* panels = static_cast<Ops::Elem*>(g.scratch);
+  auto* c = reinterpret_cast<float*>(panels + kPanels * kPanelElems);
+  Position at(g);
+  const int first = at.term;
+  if (at.valid()) {
+    const bool two = interleaves(g);
+    const auto panel = [&](int turn) { return panels + (two ? turn % kPanels * kPanelElems : 0); };
+    ActiveOps::begin();
+    load_panel(at, panels);
+    for (int turn = 0; at.valid(); ++turn) {
+      Position next = at;
+      next.advance();
+      Position later = next;  // what is decoded after this product
+      if (two && next.valid()) later.advance();
+      const Ahead ahead = codes_ahead(g, later, two && !next.valid() ? 1 : 0);
+      multiply_panel(panel_product(at, at.term > first || at.q0 > 0, panel(turn), c, ahead), next, panel(turn + 1));
+      at.term = next.term, at.q0 = next.q0, at.strip = next.strip;
     }
+    ActiveOps::end();
+  } else {
+    const int64_t strips = (g.nc + kBlock - 1) / kBlock;
+    __builtin_memset(c, 0, sizeof(float) * kBlock * strips * round_up(g.m, kTileRows));
   }
-  ActiveOps::end();
-  if (!accumulate) __builtin_memset(c, 0, sizeof(float) * kBlock * strips * round_up(g.m, kTileRows));
   emit(g, c);
 }

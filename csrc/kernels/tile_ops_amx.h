@@ -86,10 +86,11 @@ struct TileUnit {
 };
 #endif
 
-// C tiles 0..3, left tiles 4 and 5, right tiles 6 and 7: four products per four loads.
-template <int I, int J>
+// C tiles 0..3, left tiles 4 and 5, right tiles 6 and 7: four products per four loads. While the tile unit multiplies,
+// the vector units decode the next panel.
+template <int I, int J, class Decoder>
 inline void multiply_amx(const uint16_t* left, int64_t left_stride, const uint16_t* right, int64_t right_stride,
-                         float* c, int64_t c_i, int64_t c_j, int q_tiles, bool accumulate) {
+                         float* c, int64_t c_i, int64_t c_j, int q_tiles, bool accumulate, Decoder& decoder) {
   if (accumulate) {
     TileUnit::load<0>(c);
     if constexpr (J > 1) TileUnit::load<1>(c + c_j);
@@ -111,6 +112,8 @@ inline void multiply_amx(const uint16_t* left, int64_t left_stride, const uint16
       TileUnit::dot<2, 5, 6>();
       if constexpr (J > 1) TileUnit::dot<3, 5, 7>();
     }
+    if constexpr (Decoder::kAny)
+      if (decoder.more()) decoder.take().all();
   }
   TileUnit::store<0>(c);
   if constexpr (J > 1) TileUnit::store<1>(c + c_j);
@@ -131,7 +134,10 @@ struct AmxOps : Ops {
   }
   static void end() { TileUnit::release(); }
 
-  static void multiply(const BlockArgs& g) {
+  static constexpr bool kInterleaves = true;
+  static constexpr int kInterleavedLeftRows = kMaxRows;  // the tile unit leaves the vector units free
+  template <class Decoder>
+  static void multiply(const BlockArgs& g, Decoder& decoder) {
     const int left_tiles = (g.rows + kTileRows - 1) / kTileRows;
     Ahead ahead = g.ahead;
     ahead.share *= 4;  // a block of 2 x 2 tiles has four times the rows that Ahead counts with
@@ -141,9 +147,10 @@ struct AmxOps : Ops {
         const auto* right = static_cast<const uint16_t*>(g.right) + j * g.right_stride * kTileElems;
         float* c = g.c + i * g.c_i + j * g.c_j;
         prefetch_codes(ahead, g.q_tiles);
-        const auto run = i + 1 < left_tiles ? (j + 1 < g.right_tiles ? multiply_amx<2, 2> : multiply_amx<2, 1>)
-                                            : (j + 1 < g.right_tiles ? multiply_amx<1, 2> : multiply_amx<1, 1>);
-        run(left, g.left_stride, right, g.right_stride, c, g.c_i, g.c_j, g.q_tiles, g.accumulate);
+        const auto run = i + 1 < left_tiles
+                             ? (j + 1 < g.right_tiles ? multiply_amx<2, 2, Decoder> : multiply_amx<2, 1, Decoder>)
+                             : (j + 1 < g.right_tiles ? multiply_amx<1, 2, Decoder> : multiply_amx<1, 1, Decoder>);
+        run(left, g.left_stride, right, g.right_stride, c, g.c_i, g.c_j, g.q_tiles, g.accumulate, decoder);
       }
     }
   }

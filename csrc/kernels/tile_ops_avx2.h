@@ -25,7 +25,12 @@ struct Ops {
     store_left(tile + (2 * pair + 1) * 16, odd);
   }
   static void store_left(Elem* row, Vec::F32 v) { Vec::store(row, Vec::as_f32(Vec::round_bf16(v))); }
-  static void multiply(const BlockArgs& g) { multiply_tiles<Mac>(g); }
+  static constexpr bool kInterleaves = false;  // the products take all registers
+  static constexpr int kInterleavedLeftRows = 0;
+  template <class Decoder>
+  static void multiply(const BlockArgs& g, Decoder& decoder) {
+    multiply_tiles<Mac>(g, decoder);
+  }
   static double peak(int64_t iterations) { return peak_of_registers<Mac>(iterations); }
   static void begin() {}
   static void end() {}

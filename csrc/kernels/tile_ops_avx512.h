@@ -63,7 +63,12 @@ struct Ops {
   }
   static void store_left(Elem* row, __m512 v) { Vec::store(row, Vec::as_f32(Vec::round_bf16(v))); }
 #endif
-  static void multiply(const BlockArgs& g) { multiply_tiles<Mac>(g); }
+  static constexpr bool kInterleaves = Mac::kSteps == kPairs;  // of bf16 tiles a step is a pair
+  static constexpr int kInterleavedLeftRows = 32;
+  template <class Decoder>
+  static void multiply(const BlockArgs& g, Decoder& decoder) {
+    multiply_tiles<Mac>(g, decoder);
+  }
   static double peak(int64_t iterations) { return peak_of_registers<Mac>(iterations); }
 #ifdef __AVX512VNNI__
   // 16 rows x 4 reduction steps from two rows of pairs, as unsigned codes + 128.
