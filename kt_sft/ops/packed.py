@@ -181,12 +181,16 @@ class PackedExperts:
         gate, up, down = (self._unpack(projection, dtype) for projection in (_GATE, _UP, _DOWN))
         return gate, up, down
 
+    def matrix(self, index: int, projection: int) -> Tensor:
+        """The weights of one expert's gate (F, D), up (F, D) or down (D, F): projection 0, 1 or 2; fp32."""
+        weights = memory.recycled(self._shape(projection), torch.float32)
+        native.unpack(*self.native_args(), index, projection, weights)
+        return weights
+
     def _unpack(self, projection: int, dtype: torch.dtype) -> Tensor:
-        weights = torch.empty(self.num_experts, *self._shape(projection), dtype=dtype)
-        exact = torch.empty(self._shape(projection))
+        weights = memory.recycled((self.num_experts, *self._shape(projection)), dtype)
         for e in range(self.num_experts):
-            native.unpack(*self.native_args(), e, projection, exact)
-            weights[e] = exact
+            weights[e] = self.matrix(e, projection)
         return weights
 
     def __repr__(self) -> str:

@@ -3,8 +3,8 @@
     file = u64 header length | JSON {name: {dtype, shape, data_offsets}} | data
 
 Everything that a file claims is checked against what it is before a tensor is read, so that a download that stopped or
-a wrong file is named before training. Reads go through pread into fresh memory, never through a mapping: pages of the
-checkpoint do not count as memory of this process. Pickled files are refused; gguf.py reads GGUF.
+a wrong file is named before training. Reads go through reading.py, never through a mapping: pages of the checkpoint do
+not count as memory of this process. Pickled files are refused; gguf.py reads GGUF.
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from . import reading
 
 INDEX = "model.safetensors.index.json"
 MAX_HEADER = 100 << 20  # the format's own limit, in bytes
@@ -307,22 +309,13 @@ def read_settings(folder: Path) -> dict[str, Any]:
 def _read(name: str, entry: TensorEntry, start: int, nbytes: int, shape: tuple[int, ...]) -> Tensor:
     if entry.dtype not in _TORCH:
         raise ValueError(f"{entry.file}: tensor {name!r}: dtype {entry.dtype} cannot be read")
-    buffer = torch.empty(nbytes, dtype=torch.uint8)
-    view = buffer.numpy().data
     try:
-        fd = os.open(entry.file, os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            done = 0
-            while done < nbytes:
-                got = os.preadv(fd, [view[done:]], start + done)
-                if got == 0:
-                    raise ValueError(f"{entry.file}: tensor {name!r}: the file ended while it was read")
-                done += got
-        finally:
-            os.close(fd)
+        values = reading.read(entry.file, start, nbytes)
+    except EOFError:
+        raise ValueError(f"{entry.file}: tensor {name!r}: the file ended while it was read") from None
     except OSError as error:
         raise ValueError(f"{entry.file}: tensor {name!r}: cannot be read: {error.strerror or error}") from error
-    return buffer.view(_TORCH[entry.dtype]).view(shape)
+    return values.view(_TORCH[entry.dtype]).view(shape)
 
 
 def _read_index(folder: Path) -> dict[str, str] | None:

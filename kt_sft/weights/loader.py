@@ -28,12 +28,13 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from itertools import cycle
+from itertools import cycle, repeat
 from pathlib import Path
 from typing import TypeVar
 
 import torch
 from torch import Tensor
+from torch.linalg import vector_norm as norm
 from tqdm import tqdm
 
 from kt_sft import native
@@ -59,6 +60,7 @@ logger = logging.getLogger(__name__)
 SUFFIX = ".ktpack"
 READERS = max(2, min(4, len(os.sched_getaffinity(0)) // 4))  # threads; each holds one expert
 _READ_AHEAD = READERS + 1  # experts
+_SAMPLERS = 16  # threads that read a few KB here and there, and wait for the disk
 _SPARE_MEMORY = 2 << 30  # what must be left beside the experts to pack them in memory
 
 Matrix = Tensor | QuantizedWeight  # values, or codes that are packed as they are
@@ -350,12 +352,11 @@ def _report(layer: str, packed: PackedExperts, matrices: Matrices) -> None:
     kept = sorted({str(m) for m, source in zip(packed.layout, matrices, strict=True) if not isinstance(source, Tensor)})
     if kept:
         logger.info("%s: %s kept as stored", layer, ", ".join(kept))
-    pairs = zip(packed.dequantize(torch.float32), matrices, strict=True)
-    values = [(got[0], source) for got, source in pairs if isinstance(source, Tensor)]
-    if not values or packed.weight_format == "bf16":
+    sources = [(projection, source) for projection, source in enumerate(matrices) if isinstance(source, Tensor)]
+    if not sources or packed.weight_format == "bf16":
         return
-    signal = sum(source.float().square().sum().item() for _, source in values)
-    noise = sum((got - source.float()).square().sum().item() for got, source in values)
+    signal = sum(norm(source, dtype=torch.float32).item() ** 2 for _, source in sources)
+    noise = sum(norm(packed.matrix(0, projection).sub_(source)).item() ** 2 for projection, source in sources)
     sqnr = 10 * math.log10(signal / noise) if signal and noise else math.inf
     logger.info("%s packed as %s: SQNR %.1f dB (expert 0)", layer, packed.weight_format, sqnr)
 
@@ -430,12 +431,16 @@ def _digest(*parts: object) -> str:
 
 
 def _content(checkpoint: Checkpoint, readers: Readers, E: int, held: range) -> str:
+    def row(layer: str, name: str) -> tuple[object, ...]:
+        sample = hashlib.blake2b(checkpoint.sample(name), digest_size=16).hexdigest()
+        return layer, name, checkpoint.dtype(name), checkpoint.shape(name), sample
+
     rows: list[tuple[object, ...]] = []
-    for layer, reader in readers.items():
-        rows += reader.arrangement(layer)
-        for name in dict.fromkeys([*reader.names_of(0), *reader.names_of(E - 1)]):
-            sample = hashlib.blake2b(checkpoint.sample(name), digest_size=16).hexdigest()
-            rows.append((layer, name, checkpoint.dtype(name), checkpoint.shape(name), sample))
+    with ThreadPoolExecutor(_SAMPLERS, thread_name_prefix="kt_sft-sample") as pool:
+        names = {layer: dict.fromkeys([*r.names_of(0), *r.names_of(E - 1)]) for layer, r in readers.items()}
+        sampled = {layer: pool.map(row, repeat(layer), names[layer]) for layer in readers}
+        for layer, reader in readers.items():
+            rows += [*reader.arrangement(layer), *sampled[layer]]
     return _digest(rows) if held == range(E) else _digest(rows, held.start, held.stop, E)
 
 
