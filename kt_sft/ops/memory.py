@@ -19,8 +19,8 @@ import mmap
 import os
 import weakref
 from collections import deque
-from collections.abc import Sequence
-from threading import Lock
+from collections.abc import Iterator, Sequence
+from threading import Event, Lock, Thread
 
 import torch
 from torch import Tensor
@@ -31,7 +31,8 @@ _LARGE = 4 << 20  # bytes: a buffer with whole huge pages in it
 _LARGE_PART = 8 << 20  # bytes of a matrix on a node: at most an eighth then shares a huge page with the neighbour
 _RECYCLED = 1 << 20  # bytes: below, the C library's own free lists do
 _HUGE_PAGE = 2 << 20
-_MADV_FREE = 8  # Linux; the mmap module has the name only if Python was built with headers that had it
+_POPULATED, _POPULATORS = 4 << 20, 8  # bytes that a thread asks for at once; threads
+_MADV_FREE, _MADV_POPULATE_WRITE = 8, 23  # Linux; the mmap module has names that Python's headers had
 
 
 def empty(shape: Sequence[int], dtype: torch.dtype, huge_pages: bool = True) -> Tensor:
@@ -54,13 +55,51 @@ def zeros_for_matrices(nbytes: int, count: int) -> Tensor:
     return torch.frombuffer(mapping, dtype=torch.uint8)
 
 
+@contextlib.contextmanager
+def populated_ahead(memory: Tensor) -> Iterator[None]:
+    """Meanwhile threads ask the system for the pages of ``memory``, from its beginning on, contents unchanged.
+
+    Who fills it in order would wait for every page by himself. Only where there is one NUMA node: on several, pages
+    come from the node of the thread that writes them first.
+    """
+    if len(native.nodes()) > 1 or memory.nbytes < 2 * _POPULATED:
+        yield
+        return
+    starts = iter(range(-(-memory.data_ptr() // _HUGE_PAGE) * _HUGE_PAGE, _end(memory) - _POPULATED + 1, _POPULATED))
+    lock, stop = Lock(), Event()
+
+    def populate() -> None:
+        madvise = ctypes.CDLL(None).madvise
+        while not stop.is_set():
+            with lock:
+                start = next(starts, None)
+            if start is None or madvise(ctypes.c_void_p(start), ctypes.c_size_t(_POPULATED), _MADV_POPULATE_WRITE):
+                return  # before Linux 5.14, or no memory: whoever writes there gets the pages, or the signal
+
+    count = min(_POPULATORS, native.num_threads())
+    threads = [Thread(target=populate, name="kt_sft-populate", daemon=True) for _ in range(count)]
+    for thread in threads:
+        thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        for thread in threads:
+            thread.join()
+
+
+def _end(memory: Tensor) -> int:
+    return memory.data_ptr() + memory.nbytes
+
+
 def _huge_pages_fit(matrix: int) -> bool:
     nodes = len(native.nodes())
     return nodes == 1 or matrix // nodes >= _LARGE_PART
 
 
 def release_freed() -> None:
-    """Give back to the system what the C library keeps of freed memory (malloc_trim(3); glibc only)."""
+    """Give back to the system what is kept of freed memory: by ``recycled``, and by the C library (malloc_trim(3))."""
+    _recycler.release()
     with contextlib.suppress(AttributeError):
         ctypes.CDLL(None).malloc_trim(0)
 
@@ -101,6 +140,14 @@ class Recycler:
         view = memoryview(mapping)
         weakref.finalize(view, self._give_back, mapping).atexit = False
         return view
+
+    def release(self) -> None:
+        """Keep nothing for later."""
+        with self._lock:
+            self._collect()
+            while self._kept:
+                self._kept.pop().close()
+            self._kept_bytes = 0
 
     def held_bytes(self) -> tuple[int, int]:
         """In use, and kept for later."""

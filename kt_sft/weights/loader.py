@@ -50,7 +50,7 @@ from . import packed_form
 from .cache import NEAREST, CacheMiss, CacheSpec, PackedWriter, build_lock, open_packed
 from .checkpoint import Checkpoint, ExpertTensors
 from .formats import ExpertReader, open_checkpoint
-from .packed_form import choose_layout, format_of, report_requantised, wanted
+from .packed_form import choose_layout, format_of, report_requantised, requantised, wanted
 from .placement import on_nodes
 from .quantized import QuantizedWeight
 from .saving import Saver
@@ -126,10 +126,13 @@ class Job:
 
     def with_layouts(self) -> Job:
         """The same with the format of every matrix, which the first expert of every layer decides."""
-        first = [(name, reader.read(self.held.start)) for name, reader in self.readers.items()]
-        layouts = tuple(choose_layout(name, weights, self.config) for name, weights in first)
-        report_requantised((weights for _, weights in first), self.config)
-        return replace(self, spec=replace(self.spec, layouts=layouts, rounding=self.spec.rounding or NEAREST))
+        layouts, lost = [], []
+        for name, reader in self.readers.items():
+            first = reader.read(self.held.start)
+            layouts.append(choose_layout(name, first, self.config))
+            lost.append(requantised(first, self.config))
+        report_requantised(lost)
+        return replace(self, spec=replace(self.spec, layouts=tuple(layouts), rounding=self.spec.rounding or NEAREST))
 
     def layout(self, layer: str) -> Layout:
         return self.spec.sizes(self.spec.layers.index(layer))[-1]
@@ -409,15 +412,16 @@ def _pack_in_memory(job: Job, peers: Peers | None, writer: PackedWriter | None =
             if expert == 0:
                 _report(layer, layers[layer].one(0), matrices)
 
-        if writer is None:
-            _pack_all(job, put)
-            return
-        for name, experts in layers.items():
-            for e in range(spec.num_experts):
-                if writer.holds(name, e):
-                    one = experts.one(e)
-                    one.copy_(one.in_memory(writer.get(name, e)))
-        _pack_all(job, put, writer.holds)
+        with memory.populated_ahead(stretch):
+            if writer is None:
+                _pack_all(job, put)
+                return
+            for name, experts in layers.items():
+                for e in range(spec.num_experts):
+                    if writer.holds(name, e):
+                        one = experts.one(e)
+                        one.copy_(one.in_memory(writer.get(name, e)))
+            _pack_all(job, put, writer.holds)
 
     if peers is not None:
         return layers_in(filled_once(peers, spec.offsets[-1], pack_into))

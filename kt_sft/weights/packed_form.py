@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterable
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -102,15 +103,16 @@ def choose_layout(layer: str, first: ExpertWeights, config: KtConfig) -> Layout:
     return chosen("gate", first.gate), chosen("up", first.up), chosen("down", first.down)
 
 
-def report_requantised(layers: Iterable[ExpertWeights], config: KtConfig) -> None:
-    """Log which stored formats ``auto`` cannot keep, and in how many layers."""
-    if config.weight_format != "auto":
-        return
-    found: Counter[str] = Counter()
-    for weights in layers:
-        parts = (weights.gate, weights.up, weights.down)
-        found.update({_in_words(part) for part in parts if part.kind != "float" and format_of(part) is None})
-    for stored, count in found.items():
+def requantised(weights: ExpertWeights, config: KtConfig) -> set[str]:
+    """The stored formats of an expert, in words, that ``auto`` cannot keep."""
+    parts = (weights.gate, weights.up, weights.down)
+    lost = (part for part in parts if part.kind != "float" and format_of(part) is None)
+    return {_in_words(part) for part in lost} if config.weight_format == "auto" else set()
+
+
+def report_requantised(layers: Iterable[set[str]]) -> None:
+    """Log which stored formats are not kept, and in how many layers."""
+    for stored, count in Counter(chain.from_iterable(layers)).items():
         logger.warning(
             "%d layer%s stored as %s, which no packed format holds: packed as %s instead (SQNR of every layer below); "
             "kt_expert_weight_format: bf16 keeps more of it, in more memory",

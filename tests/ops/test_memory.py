@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import gc
 import os
+import platform
 import random
 import threading
+import time
 
+import psutil
 import pytest
 import torch
 
+from kt_sft import native
 from kt_sft.ops import ExpertsLora, memory, moe_experts, pack_experts
 
 MIB = 1 << 20
@@ -124,8 +128,9 @@ def test_a_forked_child_has_its_own(recycler):
         child = os.fork()
     if child == 0:
         memory._recycler.replace_lock()
-        again = buffer().fill_(3)
-        os._exit(0 if (held == 1).all() and (again == 3).all() else 1)
+        again = buffer().numpy()  # torch's threads did not come along
+        again.fill(3)
+        os._exit(0 if (held.numpy() == 1).all() and (again == 3).all() else 1)
     assert os.waitpid(child, 0)[1] == 0
     assert (held == 1).all()
 
@@ -173,3 +178,30 @@ def test_accumulated_gradients(recycler):
     for factor, grad in zip(lora.factors().values(), single, strict=True):
         assert torch.allclose(factor.grad, 3 * grad, rtol=1e-6)
         assert not factor.grad[[1, 2, 4, 7]].any()
+
+
+def test_pages_are_asked_for_ahead_and_keep_what_is_written():
+    if len(native.nodes()) > 1:
+        pytest.skip("pages belong to the thread that writes them first")
+    if tuple(int(n) for n in platform.release().split(".")[:2]) < (5, 14):
+        pytest.skip("before Linux 5.14 nobody can ask")
+    nbytes = 64 << 20
+    stretch = memory.zeros_for_matrices(nbytes, 1)
+    before = psutil.Process().memory_info().rss
+    with memory.populated_ahead(stretch):
+        for i in range(0, nbytes, MIB):
+            stretch[i : i + 8].fill_(i // MIB)
+        deadline = time.monotonic() + 20
+        while any(t.name == "kt_sft-populate" for t in threading.enumerate()) and time.monotonic() < deadline:
+            time.sleep(0.01)
+    assert not any(t.name == "kt_sft-populate" for t in threading.enumerate())
+    assert psutil.Process().memory_info().rss - before > 0.9 * nbytes
+    assert [stretch[i].item() for i in range(0, nbytes, MIB)] == list(range(64))
+    assert not stretch.view(-1, MIB)[:, 8:].any()
+
+
+def test_asking_ahead_ends_with_the_work():
+    stretch = memory.zeros_for_matrices(256 << 20, 1)
+    with pytest.raises(RuntimeError, match="no more"), memory.populated_ahead(stretch):
+        raise RuntimeError("no more")
+    assert not any(t.name == "kt_sft-populate" for t in threading.enumerate())
