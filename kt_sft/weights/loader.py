@@ -358,7 +358,7 @@ def _report(layer: str, packed: PackedExperts, matrices: Matrices) -> None:
     sources = [(projection, source) for projection, source in enumerate(matrices) if isinstance(source, Tensor)]
     if not sources or packed.weight_format == "bf16":
         return
-    signal = sum(norm(source, dtype=torch.float32).item() ** 2 for _, source in sources)
+    signal = sum(norm(source.float()).item() ** 2 for _, source in sources)
     noise = sum(norm(packed.matrix(0, projection).sub_(source)).item() ** 2 for projection, source in sources)
     sqnr = 10 * math.log10(signal / noise) if signal and noise else math.inf
     logger.info("%s packed as %s: SQNR %.1f dB (expert 0)", layer, packed.weight_format, sqnr)
