@@ -23,8 +23,9 @@ from benchmarks.check import Unavailable
 from benchmarks.shapes import Shape, expert_weights
 from kt_sft import native
 from kt_sft.ops import ExpertsLora, PackedExperts, moe_experts
+from kt_sft.ops.layout import Layout, uniform
 from kt_sft.ops.quantize import dequantize, quantize
-from kt_sft.weights.encode import ENCODED, encode
+from kt_sft.weights.encode import ENCODED, encode, encoded_format
 from kt_sft.weights.packed_form import pack
 from kt_sft.weights.quantized import QuantizedWeight
 
@@ -76,7 +77,7 @@ class Ours:
         if self.row.compute == "int8" and not native.computes_int8():
             raise Unavailable(f"int8 products need AMX or AVX512-VNNI, this is {native.isa()}")
         self.tolerance = 5e-2 if self.row.compute == "int8" else 2e-2
-        self.packed = PackedExperts.empty(shape.E, shape.D, shape.F, self.row.weight_format)
+        self.packed = PackedExperts.empty(shape.E, shape.D, shape.F, self.layout(shape))
         self.weight_bytes = self.packed.nbytes
         self.pack_seconds = 0.0
         for e in range(shape.E):
@@ -88,6 +89,13 @@ class Ours:
                 self.pack_seconds += (time.perf_counter() - start) * timed
         self.lora = make_lora(shape, self.row.rank) if self.row.rank else None
         self.threads = native.num_threads()
+
+    def layout(self, shape: Shape) -> Layout:
+        """Of what a loader would make of such a checkpoint."""
+        name = self.row.weight_format
+        if name not in ENCODED:
+            return uniform(name)
+        return encoded_format(name, shape.D), encoded_format(name, shape.D), encoded_format(name, shape.F)
 
     def stored(self, weights: Matrices) -> tuple[Tensor | QuantizedWeight, ...]:
         """As a checkpoint of the row's format would have them; values where packing quantises."""

@@ -146,8 +146,13 @@ def pack(packed: PackedExperts, index: int, projection: int, weight: Tensor | Qu
         weight = encode(weight, expected.name)
     found = format_of(weight)
     if found != expected:
-        raise ValueError(f"expected every expert of the layer stored as {expected}, got {found or weight.kind}")
+        got = weight.kind if found is None else _with_group(found)
+        raise ValueError(f"expected every expert of the layer stored as {_with_group(expected)}, got {got}")
     packed.pack_codes_(index, projection, weight.codes.view(torch.uint8), _planes(weight))
+
+
+def _with_group(matrix: MatrixFormat) -> str:
+    return f"{matrix} with a scale per {f'{matrix.group_size} columns' if matrix.group_size else 'row'}"
 
 
 def _planes(weight: QuantizedWeight) -> list[Tensor]:

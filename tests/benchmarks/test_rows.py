@@ -88,6 +88,12 @@ def test_names_of_rows():
             parse(name)
 
 
+@pytest.mark.parametrize("name", ["bf16", "int8", "int4", "fp8", "mxfp4"])
+def test_every_weight_format_packs_the_tiny_layer(name):
+    row = Ours(TINY, name)
+    assert check.check(row, TINY, check.evaluate(row, TINY), 8, "balanced") < row.tolerance
+
+
 def test_products_that_the_cpu_lacks_are_a_reason(isa):
     if native.computes_int8():
         assert Ours(TINY, "int8*int8").tolerance > Ours(TINY, "int8").tolerance

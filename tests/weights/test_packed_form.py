@@ -187,7 +187,7 @@ def test_what_no_format_holds():
 
 def test_codes_of_another_format_and_bad_scales_are_refused():
     packed, sources = _packed("mxfp4", 1, 64, 64)
-    with pytest.raises(ValueError, match="stored as mxfp4, got q4_0"):
+    with pytest.raises(ValueError, match="as mxfp4 with a scale per 32 columns, got q4_0 with a scale per 32"):
         pack(packed, 0, 0, MAKERS["q4_0"](64, 64))
     with pytest.raises(ValueError, match="got values"):
         packed.pack_matrix_(0, 1, torch.randn(64, 64))
