@@ -23,8 +23,8 @@ struct DecodeUnit {
   Weights<R> weights;
   Vec::F32 first_scale, second_scale;
 
-  DecodeUnit(const PackedMatrix& w, int nb, int kb, int half, Elem* to)
-      : codes(w.block(nb, kb) + half * kTileRows * Codes::kPairBytes), to(to), weights(w, nb, kb, half) {
+  DecodeUnit(const uint8_t* block, const BlockScales<R>& scales, int half, Elem* to)
+      : codes(block + half * kTileRows * Codes::kPairBytes), to(to), weights(scales, half) {
     if constexpr (kOrdered)
       first_scale = Vec::twice_low(weights.scales[0]), second_scale = Vec::twice_high(weights.scales[0]);
   }
@@ -62,26 +62,34 @@ template <class R, Side kSide>
 class PanelDecoder {
  public:
   static constexpr bool kAny = true;
-  PanelDecoder(const PackedMatrix& w, const Panel& at, Ops::Elem* dst) : w_(w), at_(at), dst_(dst) {}
+  PanelDecoder(const PackedMatrix& w, const Panel& at, Ops::Elem* dst)
+      : block_(kRight ? w.block(at.strip, at.q0) : w.block(at.q0, at.strip)),
+        stride_(R::kBlockBytes * int64_t{kRight ? 1 : w.col_blocks()}),
+        scales_(w, kRight ? at.strip : at.q0, kRight ? at.q0 : at.strip, kRight),
+        to_(dst),
+        units_(at.q_tiles * kStripTiles) {}
 
-  bool more() const { return unit_ < at_.q_tiles * kStripTiles; }
+  bool more() const { return units_ > 0; }
   DecodeUnit<R, kSide> take() {
-    const int q = unit_ / kStripTiles, half = unit_ % kStripTiles;
-    ++unit_;
-    if constexpr (kSide == Side::right)
-      return {w_, at_.strip, at_.q0 + q, half, dst_ + (half * kPanelTiles + q) * kTileElems};
-    else
-      return {w_, at_.q0 + q, at_.strip, half, dst_ + q * kTileElems + half * kTileRows};
+    const int half = units_-- % kStripTiles;  // an even number of them are left before the first half
+    const DecodeUnit<R, kSide> unit(block_, scales_, half, to_ + half * kHalf);
+    if (half == kStripTiles - 1) block_ += stride_, to_ += kTileElems, scales_.next();
+    return unit;
   }
   void finish() {
     while (more()) take().all();
   }
 
  private:
-  const PackedMatrix& w_;
-  Panel at_;
-  Ops::Elem* dst_;
-  int unit_ = 0;
+  static constexpr bool kRight = kSide == Side::right;
+  static constexpr int kHalf = kRight ? kPanelTiles * kTileElems : kTileRows;
+  static_assert(kStripTiles == 2);
+
+  const uint8_t* block_;
+  int64_t stride_;
+  WalkingScales<R> scales_;
+  Ops::Elem* to_;
+  int units_;
 };
 
 // use(decoder) for the matrix's format.

@@ -181,25 +181,25 @@ inline float* accumulator(float* c, int strip, int m_tiles, int m_tile, int w_ti
 
 // The panels of a call in their order: strips innermost, then the reduction, then the terms.
 struct Position {
-  const GemmArgs& g;
-  int term = 0, q0 = 0, strip = 0;
+  const GemmArgs* g;
+  int strips, term = -1, q0 = 0, strip = 0;
+  int all_q = 0;  // reduction tiles of the term
 
-  explicit Position(const GemmArgs& g) : g(g) { skip_empty(); }
-  bool valid() const { return term < g.num_terms; }
-  const GemmTerm& of() const { return g.terms[term]; }
-  int q_tiles() const { return min_int(kPanelTiles, static_cast<int>(ceil_div(of().q, kTileSteps)) - q0); }
-  Panel panel() const { return {g.c0 / kBlock + strip, q0, q_tiles()}; }
+  explicit Position(const GemmArgs& g) : g(&g), strips((g.nc + kBlock - 1) / kBlock) { next_term(); }
+  bool valid() const { return term < g->num_terms; }
+  const GemmTerm& of() const { return g->terms[term]; }
+  int q_tiles() const { return min_int(kPanelTiles, all_q - q0); }
+  Panel panel() const { return {g->c0 / kBlock + strip, q0, q_tiles()}; }
   void advance() {
-    if (++strip * kBlock < g.nc) return;
+    if (++strip < strips) return;
     strip = 0, q0 += kPanelTiles;
-    if (q0 * kTileSteps < of().q) return;
-    q0 = 0, ++term;
-    skip_empty();
+    if (q0 >= all_q) next_term();
   }
 
  private:
-  void skip_empty() {
-    while (valid() && of().q <= 0) ++term;
+  void next_term() {  // that is not empty
+    for (++term, q0 = 0; valid(); ++term)
+      if ((all_q = (of().q + kTileSteps - 1) / kTileSteps) > 0) return;
   }
 };
 
@@ -223,10 +223,10 @@ inline Ahead codes_ahead(const GemmArgs& g, const Position& at, int beyond) {
 
 inline BlockArgs panel_product(const Position& at, bool accumulate, const Ops::Elem* panel, float* c,
                                const Ahead& ahead) {
-  const GemmArgs& g = at.g;
+  const GemmArgs& g = *at.g;
   const GemmTerm& term = at.of();
   const int m_tiles = (g.m + kTileRows - 1) / kTileRows, q_tiles = at.q_tiles();
-  const int all_q = term.act_tiles > 0 ? term.act_tiles : (term.q + kTileSteps - 1) / kTileSteps;
+  const int all_q = term.act_tiles > 0 ? term.act_tiles : at.all_q;
   const auto* act = static_cast<const Ops::Elem*>(term.act) + int64_t{at.q0} * kTileElems;
   float* acc = accumulator(c, at.strip, m_tiles, 0, 0);
   if (g.side == Side::left)
@@ -235,7 +235,7 @@ inline BlockArgs panel_product(const Position& at, bool accumulate, const Ops::E
 }
 
 inline void load_panel(const Position& at, Ops::Elem* panel) {
-  const GemmArgs& g = at.g;
+  const GemmArgs& g = *at.g;
   const GemmTerm& term = at.of();
   const Side weight_side = g.side == Side::left ? Side::right : Side::left;
   if (term.packed != nullptr)
@@ -256,8 +256,8 @@ inline bool interleaves(const GemmArgs& g) {
 // One panel's product; meanwhile, or after it, the next panel is made ready.
 inline void multiply_panel(const BlockArgs& product, const Position& next, Ops::Elem* next_panel) {
   if constexpr (ActiveOps::kInterleaves) {
-    if (interleaves(next.g) && next.valid() && next.of().packed != nullptr) {
-      const Side weight_side = next.g.side == Side::left ? Side::right : Side::left;
+    if (interleaves(*next.g) && next.valid() && next.of().packed != nullptr) {
+      const Side weight_side = next.g->side == Side::left ? Side::right : Side::left;
       return with_decoder(weight_side, *next.of().packed, next.panel(), next_panel, [&](auto decoder) {
         ActiveOps::multiply(product, decoder);
         decoder.finish();
@@ -306,20 +306,20 @@ inline void gemm(const GemmArgs& g) {
   auto* panels = static_cast<Ops::Elem*>(g.scratch);
   auto* c = reinterpret_cast<float*>(panels + kPanels * kPanelElems);
   Position at(g);
-  const int first = at.term;
   if (at.valid()) {
     const bool two = interleaves(g);
     const auto panel = [&](int turn) { return panels + (two ? turn % kPanels * kPanelElems : 0); };
     ActiveOps::begin();
     load_panel(at, panels);
+    Position next = at;
+    next.advance();
+    const int first = at.term;
     for (int turn = 0; at.valid(); ++turn) {
-      Position next = at;
-      next.advance();
-      Position later = next;  // what is decoded after this product
-      if (two && next.valid()) later.advance();
-      const Ahead ahead = codes_ahead(g, later, two && !next.valid() ? 1 : 0);
+      Position later = next;
+      if (next.valid()) later.advance();
+      const Ahead ahead = codes_ahead(g, two ? later : next, two && !next.valid() ? 1 : 0);  // for the next product
       multiply_panel(panel_product(at, at.term > first || at.q0 > 0, panel(turn), c, ahead), next, panel(turn + 1));
-      at.term = next.term, at.q0 = next.q0, at.strip = next.strip;
+      at = next, next = later;
     }
     ActiveOps::end();
   } else {

@@ -96,17 +96,43 @@ struct Row;
 // The scales of block (nb, kb).
 template <class R>
 struct BlockScales {
+  static constexpr const Plane* kPlanes = R::kInfo.planes;
   const uint8_t* planes[kMaxPlanes];
 
   BlockScales(const PackedMatrix& m, int nb, int kb) {
-    for (int p = 0; p < kMaxPlanes && R::kInfo.planes[p].lanes > 0; ++p) {
-      constexpr const Plane* kPlanes = R::kInfo.planes;
-      const int columns = kPlanes[p].columns > 0 ? kPlanes[p].columns : m.group_size;
-      planes[p] = m.scale_plane(p, nb) + kb * kBlock / columns * kPlanes[p].lanes * kPlanes[p].bytes;
-    }
+    for (int p = 0; p < kMaxPlanes && kPlanes[p].lanes > 0; ++p)
+      planes[p] = m.scale_plane(p, nb) + kb * kBlock / columns(m, p) * kPlanes[p].lanes * kPlanes[p].bytes;
   }
   Vec::F32 scale(int half, int part) const { return R::Scales::scale(planes, half * kTileRows, part); }
   Vec::F32 offset(int half, int part) const { return R::Scales::offset(planes, half * kTileRows, part); }
+
+ protected:
+  static int columns(const PackedMatrix& m, int p) {
+    return kPlanes[p].columns > 0 ? kPlanes[p].columns : m.group_size;
+  }
+};
+
+// The scales of one block after another, along a block row or down a block column.
+template <class R>
+class WalkingScales : public BlockScales<R> {
+  using BlockScales<R>::kPlanes;
+
+ public:
+  WalkingScales(const PackedMatrix& m, int nb, int kb, bool along) : BlockScales<R>(m, nb, kb) {
+    for (int p = 0; p < kMaxPlanes && kPlanes[p].lanes > 0; ++p) {
+      const int columns = along ? this->columns(m, p) : kBlock, group = kPlanes[p].lanes * kPlanes[p].bytes;
+      blocks_[p] = columns > kBlock ? columns / kBlock : 1;
+      left_[p] = blocks_[p] - kb % blocks_[p];
+      step_[p] = !along ? m.scale_row_bytes : columns < kBlock ? kBlock / columns * group : group;
+    }
+  }
+  void next() {
+    for (int p = 0; p < kMaxPlanes && kPlanes[p].lanes > 0; ++p)
+      if (--left_[p] == 0) left_[p] = blocks_[p], this->planes[p] += step_[p];
+  }
+
+ private:
+  int blocks_[kMaxPlanes], left_[kMaxPlanes], step_[kMaxPlanes];  // of a group; until the next one; bytes to it
 };
 
 // The weights of 16 rows of a block: code * scale (+ offset).
@@ -115,9 +141,9 @@ struct Weights {
   using Scales = typename R::Scales;
   Vec::F32 scales[Scales::kParts], offsets[Scales::kParts];
 
-  Weights(const PackedMatrix& m, int nb, int kb, int half) {
+  Weights(const PackedMatrix& m, int nb, int kb, int half) : Weights(BlockScales<R>(m, nb, kb), half) {}
+  Weights(const BlockScales<R>& block, int half) {
     if constexpr (Scales::kAny) {
-      const BlockScales<R> block(m, nb, kb);
       for (int part = 0; part < Scales::kParts; ++part) {
         scales[part] = block.scale(half, part);
         if constexpr (Scales::kOffset) offsets[part] = block.offset(half, part);
