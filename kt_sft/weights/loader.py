@@ -26,7 +26,7 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from itertools import cycle, repeat
 from pathlib import Path
@@ -358,10 +358,22 @@ def _report(layer: str, packed: PackedExperts, matrices: Matrices) -> None:
     sources = [(projection, source) for projection, source in enumerate(matrices) if isinstance(source, Tensor)]
     if not sources or packed.weight_format == "bf16":
         return
-    signal = sum(norm(source.float()).item() ** 2 for _, source in sources)
-    noise = sum(norm(packed.matrix(0, projection).sub_(source)).item() ** 2 for projection, source in sources)
+    with _on_one_thread():
+        signal = sum(norm(source.float()).item() ** 2 for _, source in sources)
+        noise = sum(norm(packed.matrix(0, projection).sub_(source)).item() ** 2 for projection, source in sources)
     sqnr = 10 * math.log10(signal / noise) if signal and noise else math.inf
     logger.info("%s packed as %s: SQNR %.1f dB (expert 0)", layer, packed.weight_format, sqnr)
+
+
+@contextmanager
+def _on_one_thread() -> Iterator[None]:
+    """torch's own threads left alone: after every operation they spin, on cores that the load has better uses for."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _build(path: Path, job: Job) -> None:
