@@ -51,11 +51,11 @@ class LocalKernels:
         gate = up = low_rank = None
         if retain:
             rows = (ids.numel(), packed.intermediate_size)
-            gate, up = memory.empty(rows, torch.bfloat16), memory.empty(rows, torch.bfloat16)
+            gate, up = memory.recycled(rows, torch.bfloat16), memory.recycled(rows, torch.bfloat16)
             if rank := sum(lora[name].shape[1] for name in ("gate_a", "up_a") if name in lora):
-                low_rank = memory.empty((ids.numel(), rank), torch.bfloat16)
+                low_rank = memory.recycled((ids.numel(), rank), torch.bfloat16)
                 lora = {**lora, "low_rank": low_rank}
-        out = memory.empty(x.shape, torch.float32)
+        out = memory.recycled(x.shape, torch.float32)
         native.forward(*packed.native_args(), x, ids, weights, lora, gate, up, int8, out)
         return out, (gate, up, low_rank)
 
@@ -64,8 +64,8 @@ class LocalKernels:
     ) -> tuple[Tensor, Tensor, Tensor | None, dict[str, Tensor]]:
         packed, x, ids, weights, lora, int8, int8_gradients = inputs
         grads = {name: memory.recycled(lora[name].shape, torch.float32) for name in factor_names(lora)}
-        grad_x, grad_weights = memory.empty(x.shape, torch.float32), memory.empty(weights.shape, torch.float32)
-        grad_x_lora = memory.empty(x.shape, torch.float32) if "x" in lora else None
+        grad_x, grad_weights = memory.recycled(x.shape, torch.float32), memory.recycled(weights.shape, torch.float32)
+        grad_x_lora = memory.recycled(x.shape, torch.float32) if "x" in lora else None
         gate, up, low_rank = kept
         if low_rank is not None:
             lora = {**lora, "low_rank": low_rank}

@@ -66,6 +66,17 @@ def test_whatever_refers_to_a_tensor_keeps_its_memory(recycler, keep):
     assert address in {b.data_ptr() for b in [buffer(), buffer()]}
 
 
+def test_a_buffer_up_to_a_quarter_larger_is_used_again(recycler):
+    smaller, larger = buffer(8), buffer(10)
+    addresses = smaller.data_ptr(), larger.data_ptr()
+    del smaller, larger
+    first, second = buffer(8), buffer(8)
+    assert (first.data_ptr(), second.data_ptr()) == addresses
+    assert recycler.held_bytes() == (18 * MIB, 0)
+    del first, second
+    assert buffer(6).data_ptr() not in addresses
+
+
 def test_small_buffers_are_left_to_torch(recycler):
     assert memory.recycled((3, 5), torch.float32).shape == (3, 5)
     assert memory.recycled((0, 5), torch.float32).numel() == 0
