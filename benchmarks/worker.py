@@ -1,7 +1,7 @@
 """One row in one process: build the layer, check it, time it. ``python -m benchmarks.worker JOB.json RESULT.json``.
 
-The result holds ``points`` (one per number of tokens, times in ms as median, 20th and 80th percentile), ``memory`` and
-``packing`` of our rows, or ``unavailable`` / ``wrong`` with the reason.
+The result holds ``points`` (one per number of tokens; times in ms, median, 20th and 80th percentile of the best round),
+``memory`` and ``packing`` of our rows, or ``unavailable`` / ``wrong`` with the reason.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from benchmarks.shapes import SHAPES, TINY, Shape, bank, make_inputs
 
 DECODE_TOKENS = 8  # up to here a call without gradients is timed too
 MIN_CALLS, MAX_CALL_SECONDS = 3, 4.0
+ROUNDS = 3  # over all points: what others do on the machine slows whole seconds
 
 
 def quantiles(samples: list[float]) -> tuple[float, float, float]:
@@ -75,6 +76,15 @@ def measure(row: Any, shape: Shape, tokens: int, routing: str, seconds: float) -
     for name, samples in parts.items():
         point |= dict(zip((f"{name}_ms", f"{name}_p20", f"{name}_p80"), quantiles(samples), strict=True))
     return point | dict(calls=len(parts["fwd"]), others=others.cores)
+
+
+def better(point: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
+    """Of every part the round with the lower median."""
+    best = dict(point, calls=point["calls"] + other["calls"], others=max(point["others"], other["others"]))
+    for part in ("fwd", "bwd", "infer"):
+        if f"{part}_ms" in other and other[f"{part}_ms"] < point[f"{part}_ms"]:
+            best |= {f"{part}_{value}": other[f"{part}_{value}"] for value in ("ms", "p20", "p80")}
+    return best
 
 
 def make_row(job: dict[str, Any], shape: Shape) -> Any:
@@ -152,6 +162,8 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
         else:
             point = dict(tokens=tokens, routing=routing, skipped=f"forward and backward took {call_seconds:.0f} s")
         result["points"].append(point)
+    for point in (p for _ in range(ROUNDS - 1) for p in result["points"] if "skipped" not in p):
+        point |= better(point, measure(row, shape, point["tokens"], point["routing"], job["seconds"]))
     return result
 
 

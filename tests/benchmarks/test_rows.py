@@ -130,3 +130,14 @@ def test_times_of_repeated_calls():
     assert parts == [[2.0, 3.0, 4.0], [1.0] * 3]  # two calls to warm up
     median, p20, p80 = worker.quantiles([0.001 * i for i in range(11)])
     assert (median, p20, p80) == pytest.approx((5.0, 2.0, 8.0))
+
+
+def test_the_better_round_of_every_part_counts():
+    def point(fwd, bwd, **others):
+        values = {"fwd": fwd, "bwd": bwd}
+        return {f"{part}_{v}": t for part, ts in values.items() for v, t in zip(("ms", "p20", "p80"), ts)} | others
+
+    first = point((5, 4, 6), (7, 6, 8), calls=3, others=0.1, tokens=8)
+    second = point((4, 3, 9), (8, 1, 8), calls=4, others=0.3, tokens=8)
+    best = point((4, 3, 9), (7, 6, 8), calls=7, others=0.3, tokens=8)
+    assert worker.better(first, second) == best
