@@ -2,8 +2,8 @@
 
 A fresh page costs a fault and is cleared by the kernel first, which for the factor gradients of a layer takes longer
 than computing them, and for what its forward saves a tenth of its time; and what exceeds 32 MiB the C library returns
-to the system at every free. ``recycled`` therefore takes the memory of an earlier such tensor of the same size, or up to
-a quarter more, once that tensor and all its views and storages are gone.
+to the system at every free. ``recycled`` therefore takes the memory of an earlier such tensor of the same size, or up
+to a quarter more, once that tensor and all its views and storages are gone.
 
 What is kept for later is bounded twice. Kept and used buffers together are never more than were in use at once, so a
 process never holds more than it once needed. And a kept buffer is marked MADV_FREE: the system takes its pages back as

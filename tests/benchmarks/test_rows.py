@@ -135,7 +135,9 @@ def test_times_of_repeated_calls():
 def test_the_better_round_of_every_part_counts():
     def point(fwd, bwd, **others):
         values = {"fwd": fwd, "bwd": bwd}
-        return {f"{part}_{v}": t for part, ts in values.items() for v, t in zip(("ms", "p20", "p80"), ts)} | others
+        return {
+            f"{part}_{v}": t for part, ts in values.items() for v, t in zip(("ms", "p20", "p80"), ts, strict=True)
+        } | others
 
     first = point((5, 4, 6), (7, 6, 8), calls=3, others=0.1, tokens=8)
     second = point((4, 3, 9), (8, 1, 8), calls=4, others=0.3, tokens=8)
