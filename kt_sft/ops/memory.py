@@ -6,8 +6,8 @@ to the system at every free. ``recycled`` therefore takes the memory of an earli
 to a quarter more, once that tensor and all its views and storages are gone.
 
 What is kept for later is bounded twice. Kept and used buffers together are never more than were in use at once, so a
-process never holds more than it once needed, or that quarter beyond. And a kept buffer is marked MADV_FREE: the system takes its pages back as
-soon as it needs memory, and until then using it again costs nothing.
+process never holds more than it once needed, or that quarter beyond. And a kept buffer is marked MADV_FREE: the system
+takes its pages back as soon as it needs memory, and until then using it again costs nothing.
 https://man7.org/linux/man-pages/man2/madvise.2.html
 """
 
