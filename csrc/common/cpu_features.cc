@@ -43,7 +43,7 @@ CpuFeatures detect() {
   const bool os_tiles = (state & 0x60000) == 0x60000;
   f.avx2_fma = os_ymm && bit(l7.ebx, 5) && bit(l1.ecx, 12) && bit(l1.ecx, 29);
   f.avx512 = f.avx2_fma && os_zmm && bit(l7.ebx, 16) && bit(l7.ebx, 17) && bit(l7.ebx, 30) && bit(l7.ebx, 31);
-  f.avx512_bf16 = f.avx512 && bit(l7_1.eax, 5) && bit(l7.ecx, 11);
+  f.avx512_bf16 = f.avx512 && bit(l7_1.eax, 5) && bit(l7.ecx, 11) && bit(l7.ecx, 1);
   f.amx_bf16 =
       f.avx512_bf16 && os_tiles && bit(l7.edx, 24) && bit(l7.edx, 22) && bit(l7.edx, 25) && request_tile_data();
   return f;

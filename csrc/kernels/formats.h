@@ -14,7 +14,33 @@
 // Codes whose pairs come in memory's order.
 struct InOrder {
   template <class V>
+  static void mix(typename V::F32&, typename V::F32&) {}
+  template <class V>
   static void unmix(typename V::F32&, typename V::F32&) {}
+};
+
+// Codes whose pairs come as look_up_pairs and to_words give them.
+struct Mixed {
+  template <class V>
+  static void mix(typename V::F32& a, typename V::F32& b) {
+    V::mix_rows(a, b);
+  }
+  template <class V>
+  static void unmix(typename V::F32& a, typename V::F32& b) {
+    V::unmix_rows(a, b);
+  }
+};
+
+// The bytes of 128 values that bf16 holds exactly; `flip` is in the high ones.
+struct Bf16Bytes {
+  alignas(64) uint8_t low[128]{}, high[128]{};
+  template <class Value>
+  constexpr Bf16Bytes(Value value, int flip) {
+    for (int i = 0; i < 128; ++i) {
+      const uint32_t bits = __builtin_bit_cast(uint32_t, value(i));
+      low[i] = static_cast<uint8_t>(bits >> 16), high[i] = static_cast<uint8_t>((bits >> 24) ^ flip);
+    }
+  }
 };
 
 struct Bf16 : InOrder {
@@ -31,17 +57,18 @@ struct Bf16 : InOrder {
   }
 };
 
-struct Int8 : InOrder {
+struct Int8 : Mixed {
   static constexpr int kPairBytes = 2;
   static constexpr bool kOrdered = true, kBf16 = true;
   template <class V>
   static void pairs(const uint8_t* block, int p, typename V::I32 (&to)[2]) {
-    for (int half = 0; half < 2; ++half) {
-      Vec::F32 first, second;
-      decode_pairs(block + half * kTileRows * kPairBytes, p, first, second);
-      to[half] = V::to_pairs(first, second);
-    }
+    const auto codes = V::load_once(block + p * kBlock * kPairBytes), size = V::abs8(codes);
+    const auto high = V::bit_xor(V::look_up7(size, kSizes.high), V::unless_sign8(size, k128));
+    V::to_words(V::look_up7(size, kSizes.low), V::with_sign8(high, codes), to[0], to[1]);
   }
+  // -128 has the size 0x80, which is looked up as 0 and, unlike that, not turned back.
+  static constexpr int k128 = 0x43;  // the high byte of 128, whose low one is 0
+  static constexpr Bf16Bytes kSizes{[](int i) { return static_cast<float>(i); }, k128};
   static void decode_pairs(const uint8_t* at, int p, Vec::F32& first, Vec::F32& second) {
     first = Vec::to_f32(Vec::load_i8(at + p * kBlock * kPairBytes));
     second = Vec::to_f32(Vec::load_i8(at + p * kBlock * kPairBytes + 16));
@@ -62,9 +89,16 @@ struct Int8 : InOrder {
 
 // E4M3 (OCP 8-bit floating point specification 1.0): sign, four bits of exponent with bias 7, three of mantissa. Its
 // seven low bits, as the top of an fp32's exponent and mantissa, are the value times 2^-120, subnormals included.
-struct Fp8 {
+struct Fp8 : Mixed {
   static constexpr int kPairBytes = 2;
-  static constexpr bool kOrdered = true, kBf16 = false;
+  static constexpr bool kOrdered = true, kBf16 = true;
+  template <class V>
+  static void pairs(const uint8_t* block, int p, typename V::I32 (&to)[2]) {
+    const auto codes = V::load_once(block + p * kBlock * kPairBytes);
+    const auto high = V::with_sign8(V::look_up7(codes, kValues.high), codes);
+    V::to_words(V::look_up7(codes, kValues.low), high, to[0], to[1]);
+  }
+  static constexpr Bf16Bytes kValues{[](int i) { return __builtin_bit_cast(float, i << 20) * 0x1p120f; }, 0};
   static void decode_pairs(const uint8_t* at, int p, Vec::F32& first, Vec::F32& second) {
     first = value(Vec::shift_left<20>(Vec::load_i8(at + p * kBlock * kPairBytes)));
     second = value(Vec::shift_left<20>(Vec::load_i8(at + p * kBlock * kPairBytes + 16)));
@@ -82,16 +116,12 @@ struct Fp8 {
 
 // Four bits, each standing for one of 16 levels.
 template <class Levels>
-struct Nibbles {
+struct Nibbles : Mixed {
   static constexpr int kPairBytes = 1;
   static constexpr bool kOrdered = false, kBf16 = true;
   template <class V>
   static void pairs(const uint8_t* block, int p, typename V::I32 (&to)[2]) {
     V::look_up_pairs(block + p * kBlock, Levels::kLevels, to[0], to[1]);
-  }
-  template <class V>
-  static void unmix(typename V::F32& a, typename V::F32& b) {
-    V::unmix_rows(a, b);
   }
   static void decode(const uint8_t* at, int p, Vec::F32& even, Vec::F32& odd) {
     const auto words = Vec::load_i8(at + p * kBlock);

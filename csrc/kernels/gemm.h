@@ -2,7 +2,8 @@
 //   out[m][c] = sum_terms sum_q act[m][q] * W[c][q]
 // Loop order: reduction panels of kPanelTiles outermost, then strips of 32 weight columns, then activation tiles. A
 // decoded strip panel (16 KiB of bf16) stays in L1 for all rows; the activations of a panel and the accumulators stay
-// in L2 for all strips; the codes are read once. Included inside the variant's namespace after Ops.
+// in L2 for all strips; the codes are read once. Up to kDirectRows rows there is no panel where direct.h can do
+// without. Included inside the variant's namespace after Ops.
 #pragma once
 
 inline int min_int(int a, int b) { return a < b ? a : b; }
@@ -164,6 +165,7 @@ inline void pack_tiles(const PackArgs& p) {
 }
 
 #include "kernels/skinny.h"
+#include "kernels/direct.h"
 
 // ---- the driver
 // ------------------------------------------------------------------------------------------------------
@@ -188,11 +190,12 @@ struct Position {
   explicit Position(const GemmArgs& g) : g(&g), strips((g.nc + kBlock - 1) / kBlock) { next_term(); }
   bool valid() const { return term < g->num_terms; }
   const GemmTerm& of() const { return g->terms[term]; }
-  int q_tiles() const { return min_int(kPanelTiles, all_q - q0); }
+  int tiles() const { return multiplies_codes(*g, of()) ? kDirectTiles : kPanelTiles; }  // at once
+  int q_tiles() const { return min_int(tiles(), all_q - q0); }
   Panel panel() const { return {g->c0 / kBlock + strip, q0, q_tiles()}; }
   void advance() {
     if (++strip < strips) return;
-    strip = 0, q0 += kPanelTiles;
+    strip = 0, q0 += tiles();
     if (q0 >= all_q) next_term();
   }
 
@@ -237,6 +240,7 @@ inline BlockArgs panel_product(const Position& at, bool accumulate, const Ops::E
 inline void load_panel(const Position& at, Ops::Elem* panel) {
   const GemmArgs& g = *at.g;
   const GemmTerm& term = at.of();
+  if (multiplies_codes(g, term)) return;  // there is none
   const Side weight_side = g.side == Side::left ? Side::right : Side::left;
   if (term.packed != nullptr)
     return with_decoder(weight_side, *term.packed, at.panel(), panel, [](auto decoder) { decoder.finish(); });
@@ -250,13 +254,17 @@ inline void load_panel(const Position& at, Ops::Elem* panel) {
 // Whether a product decodes the next panel meanwhile. Two panels fill most of L1: with many left rows, which pass
 // through it for every panel, that costs more than it hides.
 inline bool interleaves(const GemmArgs& g) {
-  return ActiveOps::kInterleaves && (g.side == Side::right || g.m <= ActiveOps::kInterleavedLeftRows);
+  if (!ActiveOps::kInterleaves || (g.side == Side::left && g.m > ActiveOps::kInterleavedLeftRows)) return false;
+  for (int t = 0; t < g.num_terms; ++t)
+    if (multiplies_codes(g, g.terms[t])) return false;
+  return true;
 }
 
 // One panel's product; meanwhile, or after it, the next panel is made ready.
-inline void multiply_panel(const BlockArgs& product, const Position& next, Ops::Elem* next_panel) {
+inline void multiply_panel(const Position& at, const BlockArgs& product, Ops::Elem* panel, const Position& next,
+                           Ops::Elem* next_panel, bool interleave) {
   if constexpr (ActiveOps::kInterleaves) {
-    if (interleaves(*next.g) && next.valid() && next.of().packed != nullptr) {
+    if (interleave && next.valid() && next.of().packed != nullptr) {
       const Side weight_side = next.g->side == Side::left ? Side::right : Side::left;
       return with_decoder(weight_side, *next.of().packed, next.panel(), next_panel, [&](auto decoder) {
         ActiveOps::multiply(product, decoder);
@@ -265,7 +273,11 @@ inline void multiply_panel(const BlockArgs& product, const Position& next, Ops::
     }
   }
   NoDecoder none;
-  ActiveOps::multiply(product, none);
+  if (multiplies_codes(*at.g, at.of())) {
+    multiply_codes(*at.of().packed, at.panel(), product, reinterpret_cast<float*>(panel));
+  } else {
+    ActiveOps::multiply(product, none);
+  }
   if (next.valid()) load_panel(next, next_panel);
 }
 
@@ -318,7 +330,8 @@ inline void gemm(const GemmArgs& g) {
       Position later = next;
       if (next.valid()) later.advance();
       const Ahead ahead = codes_ahead(g, two ? later : next, two && !next.valid() ? 1 : 0);  // for the next product
-      multiply_panel(panel_product(at, at.term > first || at.q0 > 0, panel(turn), c, ahead), next, panel(turn + 1));
+      const BlockArgs product = panel_product(at, at.term > first || at.q0 > 0, panel(turn), c, ahead);
+      multiply_panel(at, product, panel(turn), next, panel(turn + 1), two);
       at = next, next = later;
     }
     ActiveOps::end();

@@ -122,6 +122,7 @@ inline void multiply_amx(const uint16_t* left, int64_t left_stride, const uint16
 }
 
 struct AmxOps : Ops {
+  static constexpr bool kMultipliesCodes = false;
   static void begin() {
     struct alignas(64) Config {
       uint8_t palette = 1, start_row = 0, reserved[14] = {};

@@ -26,6 +26,7 @@ struct Ops {
   }
   static void store_left(Elem* row, Vec::F32 v) { Vec::store(row, Vec::as_f32(Vec::round_bf16(v))); }
   static constexpr bool kInterleaves = false;  // the products take all registers
+  static constexpr bool kMultipliesCodes = false;
   static constexpr int kInterleavedLeftRows = 0;
   template <class Decoder>
   static void multiply(const BlockArgs& g, Decoder& decoder) {

@@ -65,6 +65,7 @@ struct Ops {
 #endif
   static constexpr bool kInterleaves = Mac::kSteps == kPairs;  // of bf16 tiles a step is a pair
   static constexpr int kInterleavedLeftRows = 32;
+  static constexpr bool kMultipliesCodes = kInterleaves;  // with codes decoded in registers (direct.h)
   template <class Decoder>
   static void multiply(const BlockArgs& g, Decoder& decoder) {
     multiply_tiles<Mac>(g, decoder);

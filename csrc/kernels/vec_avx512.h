@@ -98,6 +98,12 @@ struct Vec {
 #ifdef __AVX512BF16__
   // 16 pairs of bf16 from their values in memory order.
   static I32 to_pairs(F32 first, F32 second) { return (I32)_mm512_cvtne2ps_pbh(second, first); }
+  // As load_i32, but once: GCC would rather load twice than keep a register.
+  static I32 load_once(const void* p) {
+    I32 v = load_i32(p);
+    __asm__("" : "+v"(v));
+    return v;
+  }
   // (levels[low nibble], levels[high nibble]) of 32 bytes, as pairs of bf16: bytes 0 to 3 of every eight, then 4 to 7.
   static void look_up_pairs(const void* bytes, const float* levels, I32& first, I32& second) {
     const __m256i half = _mm512_cvtepi32_epi16(_mm512_srli_epi32(_mm512_castps_si512(load(levels)), 16));
@@ -107,10 +113,35 @@ struct Vec {
     first = _mm512_permutexvar_epi16(_mm512_unpacklo_epi16(low, high), table);
     second = _mm512_permutexvar_epi16(_mm512_unpackhi_epi16(low, high), table);
   }
-  // From the order of look_up_pairs to that of memory.
+  // Bytes: sizes (of -128: 0x80), table[the low seven bits] of 128, the sign bits of `from`, `byte` where none is set.
+  static I32 abs8(I32 v) { return _mm512_abs_epi8(v); }
+  static I32 look_up7(I32 index, const uint8_t* table) {
+    return _mm512_permutex2var_epi8(load_i32(table), index, load_i32(table + 64));
+  }
+  static I32 with_sign8(I32 v, I32 from) {
+    return _mm512_ternarylogic_epi32(v, from, _mm512_set1_epi8(-128), 0xf8);  // v | (from & 0x80)
+  }
+  static I32 unless_sign8(I32 v, uint8_t byte) {
+    return _mm512_shuffle_epi8(_mm512_set1_epi8(static_cast<char>(byte)), v);
+  }
+  static I32 bit_xor(I32 a, I32 b) { return _mm512_xor_si512(a, b); }
+  // Words of their low and high bytes: 0 to 7 of every sixteen, then 8 to 15.
+  static void to_words(I32 low, I32 high, I32& first, I32& second) {
+    first = _mm512_unpacklo_epi8(low, high);
+    second = _mm512_unpackhi_epi8(low, high);
+  }
+  // From the order of look_up_pairs and to_words to that of memory.
   static void unmix_rows(F32& a, F32& b) {
     const I32 first = _mm512_setr_epi64(0, 1, 8, 9, 2, 3, 10, 11);
     const I32 second = _mm512_setr_epi64(4, 5, 12, 13, 6, 7, 14, 15);
+    const __m512d low = _mm512_castps_pd(a), high = _mm512_castps_pd(b);
+    a = _mm512_castpd_ps(_mm512_permutex2var_pd(low, first, high));
+    b = _mm512_castpd_ps(_mm512_permutex2var_pd(low, second, high));
+  }
+  // And back.
+  static void mix_rows(F32& a, F32& b) {
+    const I32 first = _mm512_setr_epi64(0, 1, 4, 5, 8, 9, 12, 13);
+    const I32 second = _mm512_setr_epi64(2, 3, 6, 7, 10, 11, 14, 15);
     const __m512d low = _mm512_castps_pd(a), high = _mm512_castps_pd(b);
     a = _mm512_castpd_ps(_mm512_permutex2var_pd(low, first, high));
     b = _mm512_castpd_ps(_mm512_permutex2var_pd(low, second, high));
