@@ -19,6 +19,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from benchmarks import probes
 from benchmarks.check import Unavailable
 from benchmarks.shapes import Shape, expert_weights
 from kt_sft import native
@@ -70,6 +71,8 @@ class Ours:
 
     ``source(e)`` gives gate, up and down of an expert; by default those of benchmarks/shapes.py.
     """
+
+    dram = staticmethod(probes.dram)
 
     def __init__(self, shape: Shape, name: str, source: Callable[[int], Matrices] | None = None) -> None:
         self.row = parse(name)

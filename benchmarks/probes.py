@@ -52,11 +52,16 @@ def _best_peak(name: str) -> float | None:
         return None
 
 
-def bandwidth(bytes_per_thread: int, huge_pages: bool) -> float:
+def bandwidth(bytes_per_thread: int, huge_pages: bool, tries: int = _REPEATS // 4) -> float:
     """Read GB/s of all threads, each from memory of its own."""
     passes = max(1, (1 << 29) // bytes_per_thread)
     aligned = -(-bytes_per_thread // 4096) * 4096
-    return max(native.read_bandwidth(aligned, passes, huge_pages) for _ in range(_REPEATS // 4)) / 1e9
+    return max(native.read_bandwidth(aligned, passes, huge_pages) for _ in range(tries)) / 1e9
+
+
+def dram() -> float:
+    """Read GB/s of memory by all threads: at least four times L3, on huge pages."""
+    return bandwidth(4 * (cache_bytes(3) or 32 << 20) // native.num_threads(), True, tries=2)
 
 
 def measure() -> Limits:

@@ -58,7 +58,11 @@ class Results:
     def roof(self, row: str, point: dict[str, Any]) -> float:
         """TFLOP/s that compute and memory allow."""
         intensity = SHAPES["A"].flops(point["tokens"]) / self.bytes_read(row, point)
-        return min(self.limits.peak, self.limits.dram * intensity / 1e3)
+        return min(self.limits.peak, self.dram(point) * intensity / 1e3)
+
+    def dram(self, point: dict[str, Any], part: str = "fwd") -> float:
+        """GB/s that memory gave beside the measurement of a part, or, where nobody looked, at the start."""
+        return float(point.get(f"{part}_dram") or self.limits.dram)
 
 
 def reason(result: dict[str, Any] | None, row: str) -> str:
@@ -144,8 +148,9 @@ def decode_lines(r: Results) -> Iterator[Line]:
                 yield Line(what, goal, r.why_not(row), None)
                 continue
             rate = r.bytes_read(row, point) / point["infer_ms"] / 1e6
-            share = rate / r.limits.dram
-            figure = f"{share:.0%} ({rate:.1f} of {r.limits.dram:.1f} GB/s, {point['infer_ms']:.2f} ms)"
+            dram = r.dram(point, "infer")
+            share = rate / dram
+            figure = f"{share:.0%} ({rate:.1f} of {dram:.1f} GB/s, {point['infer_ms']:.2f} ms)"
             yield Line(what, goal, figure, share >= 0.8)
 
 

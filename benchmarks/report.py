@@ -14,7 +14,7 @@ from benchmarks.probes import Limits
 from benchmarks.reach import Line, tflops
 from benchmarks.shapes import SHAPES
 
-TIMES = [f"{part}_{q}" for part in ("fwd", "bwd", "infer") for q in ("p20", "ms", "p80")]
+TIMES = [f"{part}_{q}" for part in ("fwd", "bwd", "infer") for q in ("p20", "ms", "p80", "dram")]
 FIELDS = ["shape", "row", "isa", "threads", "routing", "tokens", "rows", "active", *TIMES, "fwd_tflops", "bwd_tflops"]
 FIELDS += ["error", "calls", "others", "weights_mib", "skipped", "cpu", "commit"]
 

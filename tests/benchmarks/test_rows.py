@@ -41,6 +41,7 @@ def test_a_row_is_checked_and_timed(row, tmp_path, monkeypatch):
     ]  # fmt: skip
     for p in result["points"]:
         assert 0 < p["fwd_p20"] <= p["fwd_ms"] <= p["fwd_p80"] and p["bwd_ms"] > 0 and 0 < p["error"] < 0.06
+        assert ("fwd_dram" in p) == (row not in TORCH_PEERS) and p.get("infer_dram", 1) > 0
     assert ("memory" in result) == (row not in TORCH_PEERS)
 
 
@@ -134,12 +135,11 @@ def test_times_of_repeated_calls():
 
 def test_the_better_round_of_every_part_counts():
     def point(fwd, bwd, **others):
-        values = {"fwd": fwd, "bwd": bwd}
-        return {
-            f"{part}_{v}": t for part, ts in values.items() for v, t in zip(("ms", "p20", "p80"), ts, strict=True)
-        } | others
+        names = ("ms", "p20", "p80", "dram")
+        times = {f"{part}_{v}": t for part, ts in (("fwd", fwd), ("bwd", bwd)) for v, t in zip(names, ts, strict=True)}
+        return times | others
 
-    first = point((5, 4, 6), (7, 6, 8), calls=3, others=0.1, tokens=8)
-    second = point((4, 3, 9), (8, 1, 8), calls=4, others=0.3, tokens=8)
-    best = point((4, 3, 9), (7, 6, 8), calls=7, others=0.3, tokens=8)
+    first = point((5, 4, 6, 40), (7, 6, 8, 40), calls=3, others=0.1, tokens=8)
+    second = point((4, 3, 9, 50), (8, 1, 8, 50), calls=4, others=0.3, tokens=8)
+    best = point((4, 3, 9, 50), (7, 6, 8, 40), calls=7, others=0.3, tokens=8)
     assert worker.better(first, second) == best
