@@ -7,6 +7,7 @@
 #pragma once
 
 inline int min_int(int a, int b) { return a < b ? a : b; }
+inline int max_int(int a, int b) { return a > b ? a : b; }
 
 #include "kernels/decode.h"
 

@@ -6,7 +6,7 @@
 // leave in the order of the block. Included inside the variant's namespace.
 #pragma once
 
-constexpr int kInfinityBits = 0x7f800000;
+constexpr int kInfinityBits = 0x7f800000, kMagnitude = 0x7fffffff;
 constexpr int kAhead = 8;  // blocks between the prefetch of a source line and its use: 32 rows of 64 bytes per block
 
 // 32 columns of 32 rows: [half][column][16 rows].
@@ -90,6 +90,12 @@ inline Vec::F32 highest_of(const float (*w)[kTileRows], Vec::F32 highest) {
   return highest;
 }
 
+inline Scale scale_of_peak(Vec::I32 peak) { return bf16_at_least(Vec::div(Vec::as_f32(peak), Vec::broadcast(127))); }
+
+inline void store_scale(const Scale& scale, uint16_t* to) {
+  Vec::store_low16(to, Vec::shift_right<16>(Vec::bits(scale.value)));
+}
+
 // ---- 32 rows
 // ----------------------------------------------------------------------------------------------------------
 
@@ -122,8 +128,7 @@ inline bool quantize_group(const QuantizeArgs& a, int kb0, int kb1, uint16_t* sc
   Scale scale[kStripTiles];
   for (int half = 0; half < kStripTiles; ++half) {
     if (!all_finite(peak[half])) return false;
-    if constexpr (!Codes::kSearchesScale)
-      scale[half] = bf16_at_least(Vec::div(Vec::as_f32(peak[half]), Vec::broadcast(127)));
+    if constexpr (!Codes::kSearchesScale) scale[half] = scale_of_peak(peak[half]);
   }
   if constexpr (Codes::kSearchesScale) {
     LevelSearch search[kStripTiles];
@@ -136,8 +141,55 @@ inline bool quantize_group(const QuantizeArgs& a, int kb0, int kb1, uint16_t* sc
     auto* pairs = const_cast<uint8_t*>(a.dst->block(a.nb, kb)) + half * kTileRows * Codes::kPairBytes;
     for (int k = 0; k < kBlock; k += 2, pairs += kBlock * Codes::kPairBytes) Codes::encode(code(k), code(k + 1), pairs);
   });
-  for (int half = 0; half < kStripTiles; ++half)
-    Vec::store_low16(scales + half * kTileRows, Vec::shift_right<16>(Vec::bits(scale[half].value)));
+  for (int half = 0; half < kStripTiles; ++half) store_scale(scale[half], scales + half * kTileRows);
+  return true;
+}
+
+// The peaks of 16 rows of bf16 weights over columns [col0, col1), read as they lie: no tile is turned for them. Words
+// are ordered by their upper halves, whatever the lower ones are.
+inline Vec::I32 peak_bits_of_rows(const QuantizeArgs& a, int row0, int col0, int col1) {
+  const PackedMatrix& m = *a.dst;
+  alignas(64) int peaks[kTileRows] = {}, lanes[kTileRows];
+  const auto magnitude_bits = Vec::splat_i32(kMagnitude);
+  for (int i = 0; i < min_int(kTileRows, m.rows - row0); ++i) {
+    const auto* row = static_cast<const uint16_t*>(a.weights) + int64_t{row0 + i} * m.cols;
+    auto even = Vec::splat_i32(0), odd = even;
+    int k = col0;
+    for (; k + kBlock <= col1; k += kBlock) {
+      const auto words = Vec::load_i32(row + k);
+      even = Vec::max_i32(even, Vec::bit_and(Vec::shift_left<16>(words), magnitude_bits));
+      odd = Vec::max_i32(odd, Vec::bit_and(words, magnitude_bits));
+    }
+    Vec::store_i32(lanes, Vec::max_i32(even, odd));
+    for (; k < col1; ++k) peaks[i] = max_int(peaks[i], (row[k] << 16) & kMagnitude);
+    for (const int lane : lanes) peaks[i] = max_int(peaks[i], lane & ~0xffff);
+  }
+  return Vec::load_i32(peaks);
+}
+
+// As quantize_group, of bf16 weights and codes whose scale is the peak's, where a group has several blocks.
+template <class Codes>
+inline bool quantize_rows(const QuantizeArgs& a, int kb0, int kb1, uint16_t* scales) {
+  for (int half = 0; half < kStripTiles; ++half) {
+    const int row0 = a.nb * kBlock + half * kTileRows;
+    const auto peak = peak_bits_of_rows(a, row0, kb0 * kBlock, min_int(kb1 * kBlock, a.dst->cols));
+    if (!all_finite(peak)) return false;
+    const auto scale = scale_of_peak(peak);
+    store_scale(scale, scales + half * kTileRows);
+    for (int kb = kb0; kb < kb1; ++kb) {
+      alignas(64) uint16_t edge[kTileRows * kBlock];
+      alignas(64) uint32_t pairs[kPairs * kTileRows];
+      const uint16_t* rows[kTileRows];
+      source_rows(a, row0, kb * kBlock, edge, rows);
+      turn_pairs(rows, pairs);
+      auto* to = const_cast<uint8_t*>(a.dst->block(a.nb, kb)) + half * kTileRows * Codes::kPairBytes;
+      for (int p = 0; p < kPairs; ++p, to += kBlock * Codes::kPairBytes) {
+        const auto words = Vec::load_i32(pairs + p * kTileRows);
+        const auto even = Vec::as_f32(Vec::shift_left<16>(words)), odd = Vec::as_f32(Vec::high_half(words));
+        Codes::encode(Codes::nearest(Vec::mul(even, scale.inverse)), Codes::nearest(Vec::mul(odd, scale.inverse)), to);
+      }
+    }
+  }
   return true;
 }
 
@@ -146,8 +198,16 @@ inline bool quantize_strip_as(const QuantizeArgs& a) {
   const PackedMatrix& m = *a.dst;
   const int group_blocks = m.group_size / kBlock;
   auto* scales = reinterpret_cast<uint16_t*>(const_cast<uint8_t*>(m.scale_plane(0, a.nb)));
-  for (int kb = 0; kb < m.col_blocks(); kb += group_blocks, scales += kBlock)
-    if (!quantize_group<Codes>(a, kb, min_int(kb + group_blocks, m.col_blocks()), scales)) return false;
+  for (int kb = 0; kb < m.col_blocks(); kb += group_blocks, scales += kBlock) {
+    const int end = min_int(kb + group_blocks, m.col_blocks());
+    if constexpr (!Codes::kSearchesScale) {
+      if (!a.is_float && end - kb > 1) {
+        if (!quantize_rows<Codes>(a, kb, end, scales)) return false;
+        continue;
+      }
+    }
+    if (!quantize_group<Codes>(a, kb, end, scales)) return false;
+  }
   return true;
 }
 

@@ -169,9 +169,19 @@ class ExpertReader:
         count = self._experts if self._tensors.stacked else 1
         return sum(self._checkpoint.entry(name).nbytes for name in self.names_of(expert)) // count
 
-    def read(self, expert: int) -> ExpertWeights:
-        """Read one expert: the bytes of its tensors, or of its slices of stacked ones, and no others."""
-        parts = [format_of(stored).read(stored, shape) for stored, shape in self._stored(expert)]
+    def read(self, expert: int, *, values: bool = True) -> ExpertWeights:
+        """Read one expert: the bytes of its tensors, or of its slices of stacked ones, and no others.
+
+        ``values=False``: only to see formats. What is stored as values then is a ``float`` on the meta device.
+        """
+
+        def part(stored: Stored, shape: tuple[int, int]) -> QuantizedWeight:
+            stored_as = format_of(stored)
+            if stored_as is Float and not values:
+                return QuantizedWeight(kind="float", shape=shape, codes=torch.empty(shape, device="meta"))
+            return stored_as.read(stored, shape)
+
+        parts = [part(stored, shape) for stored, shape in self._stored(expert)]
         if self._tensors.transposed:
             parts = [part.transposed() for part in parts]
         if not self._tensors.fused:

@@ -128,7 +128,7 @@ class Job:
         """The same with the format of every matrix, which the first expert of every layer decides."""
         layouts, lost = [], []
         for name, reader in self.readers.items():
-            first = reader.read(self.held.start)
+            first = reader.read(self.held.start, values=False)
             layouts.append(choose_layout(name, first, self.config))
             lost.append(requantised(first, self.config))
         report_requantised(lost)

@@ -23,6 +23,7 @@ from ..ops import memory
 _BLOCK = 4096  # bytes: what O_DIRECT asks of offsets, lengths and addresses, at most, on the usual file systems
 _CACHESTAT = 451  # the number of the system call, which the C library does not have yet
 _LARGE = 1 << 20  # bytes: shorter reads gain from the readahead of the page cache
+_libc = ctypes.CDLL(None)
 
 
 def read(file: Path, start: int, nbytes: int) -> Tensor:
@@ -51,7 +52,7 @@ def _is_cached(fd: int, start: int, nbytes: int) -> bool:
     """Whether most of it is in the page cache already; False if the system cannot tell (before Linux 6.5)."""
     wanted = (ctypes.c_uint64 * 2)(start, nbytes)
     pages = (ctypes.c_uint64 * 5)()  # in the cache, and four other counts
-    failed = ctypes.CDLL(None).syscall(_CACHESTAT, fd, wanted, pages, 0)
+    failed = _libc.syscall(_CACHESTAT, fd, wanted, pages, 0)
     return not failed and pages[0] * mmap.PAGESIZE * 2 > nbytes
 
 

@@ -101,8 +101,4 @@ def test_quantised_experts_stay_what_they_are(published: Any) -> None:
     model = from_pretrained(folder, cache_dir="none", dtype=torch.float32)
     kinds = {m.packed.weight_format for m in model.modules() if isinstance(m, KtExperts)}
     assert kinds <= {"fp8", "fp8_channel"}
-    # One near tie: a margin of 0.01 in a top-1 router whose logits bf16 activations move by up to 0.02, on every ISA.
-    ties = 1 if folder.parent.name.startswith("llama4") else 0
-    got, expected = logits(model), logits(stock_model(twin))
-    off = (got - expected).norm(dim=-1) > 0.1 * expected.norm(dim=-1)  # another expert
-    assert off.sum() <= ties and rms_ratio(got[~off], expected[~off]) < 1e-2
+    assert rms_ratio(logits(model), logits(stock_model(twin))) < 1e-2

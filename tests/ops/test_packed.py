@@ -189,9 +189,11 @@ def test_extremes_quantise_exactly():
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("fmt", ["bf16", "int8", "int4"])
-def test_nan_and_inf_are_refused_by_name(fmt, bad):
-    gate, up, down = _weights(2, 64, 64)
-    up[1, 3, 5] = bad
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("place", [(3, 5), (-1, -1), (16, 64)])  # the last column stands in a block of its own
+def test_nan_and_inf_are_refused_by_name(fmt, bad, dtype, place, isa):
+    gate, up, down = (w.to(dtype) for w in _weights(2, 66, 70))
+    up[(1, *place)] = bad
     with pytest.raises(ValueError, match=r"up_proj of expert 1.*NaN or Inf"):
         pack_experts(gate, up, down, fmt)
 

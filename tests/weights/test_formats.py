@@ -295,6 +295,10 @@ def test_layers_of_different_formats(tmp_path):
         del made.tensors[f"{stem}_scale_inv"]
     experts = reader(open_checkpoint(made.write(tmp_path)), made.layers[LAYER])
     assert experts.read(0).gate.kind == "float" and experts.read(1).gate.kind == "fp8_e4m3"
+    for e in range(E):  # formats alone
+        seen = experts.read(e, values=False)
+        assert [(m.kind, m.shape) for m in matrices(seen)] == [(m.kind, m.shape) for m in matrices(experts.read(e))]
+    assert experts.read(0, values=False).gate.codes.is_meta and not seen.gate.codes.is_meta
 
 
 def test_fused_fp8(tmp_path):
