@@ -161,7 +161,6 @@ def kill_and_resume(starter: Starter, kills: int, whole: float, expected: str, r
     done = finished = 0
     while done < kills:
         process, _ = starter.start()
-        start = time.monotonic()
         process.join(timeout=rng.uniform(0, whole))
         if process.is_alive():
             process.kill()
@@ -169,8 +168,6 @@ def kill_and_resume(starter: Starter, kills: int, whole: float, expected: str, r
             done += 1
         elif process.exitcode:
             raise RuntimeError(f"a load after {done} kills ended with exit code {process.exitcode}")
-        else:
-            whole = min(whole, time.monotonic() - start)  # the rest of a load, if it was killed before
         if starter.packed is not None:
             finished += 1
             _check(starter.packed, expected)
