@@ -74,7 +74,7 @@ def _calls() -> dict[str, tuple[bool, Callable[[], object]]]:
     x, weights = x.clone().requires_grad_(), weights.clone().requires_grad_()
     return {
         "native forward": (
-            False, lambda: native.forward(*packed.native_args(), xd, ids, wd, {}, None, None, False, out)
+            False, lambda: native.forward(*packed.native_args(), xd, ids, wd, {}, None, False, out)
         ),
         "moe_experts, no grad": (False, lambda: moe_experts(xd, ids, wd, packed)),
         "moe_experts, forward": (True, lambda: moe_experts(x, ids, weights, packed)),

@@ -260,7 +260,7 @@ Lora lora_args(const py::dict& dict, const ExpertWeights& w, int64_t T, int64_t 
 }
 
 LayerCall layer_call(const ExpertWeights& w, const py::object& x, const py::object& ids, const py::object& weights,
-                     const py::dict& lora, const py::object& gate, const py::object& up, bool int8) {
+                     const py::dict& lora, const py::object& gate_up, bool int8) {
   check_is_tensor(ids, "topk_ids");
   const auto shape = shape_of(ids);
   KT_CHECK(shape.size() == 2 && shape[1] >= 1, "topk_ids: expected shape (T, K), got ", dims(shape));
@@ -280,9 +280,9 @@ LayerCall layer_call(const ExpertWeights& w, const py::object& x, const py::obje
     KT_CHECK(c.ids[i] >= lowest && c.ids[i] < w.num_experts, "topk_ids: expected expert ids 0 to ", w.num_experts - 1,
              ", got ", c.ids[i], " for token ", i / K);
   if (!lora.empty()) c.lora = lora_args(lora, w, T, K);
-  if (!gate.is_none()) {
-    c.gate = tensor<uint16_t>(gate, "saved gate", {Dtype::bf16}, {T * K, F});
-    c.up = tensor<uint16_t>(up, "saved up", {Dtype::bf16}, {T * K, F});
+  if (!gate_up.is_none()) {
+    c.gate = tensor<uint16_t>(gate_up, "saved gate and up", {Dtype::bf16}, {2, T * K, F});
+    c.up = c.gate + T * K * F;
   }
   static const Name low_rank("low_rank");
   if (const py::handle value = item(lora, low_rank))
@@ -291,21 +291,21 @@ LayerCall layer_call(const ExpertWeights& w, const py::object& x, const py::obje
 }
 
 void forward(const PackedHandle& packed, const py::object& x, const py::object& ids, const py::object& weights,
-             const py::dict& lora, const py::object& gate, const py::object& up, bool int8, const py::object& out) {
+             const py::dict& lora, const py::object& gate_up, bool int8, const py::object& out) {
   const ExpertWeights& w = packed.weights();
-  const LayerCall call = layer_call(w, x, ids, weights, lora, gate, up, int8);
+  const LayerCall call = layer_call(w, x, ids, weights, lora, gate_up, int8);
   float* out_data = tensor<float>(out, "out", {Dtype::f32}, {call.tokens, w.hidden});
   py::gil_scoped_release release;
   experts_forward(w, call, out_data);
 }
 
 void backward(const PackedHandle& packed, const py::object& x, const py::object& ids, const py::object& weights,
-              const py::dict& lora, const py::object& gate, const py::object& up, bool int8, bool int8_gradients,
+              const py::dict& lora, const py::object& gate_up, bool int8, bool int8_gradients,
               const py::object& grad_out, const py::object& grad_x, const py::object& grad_lora_x,
               const py::object& grad_weights) {
   const ExpertWeights& w = packed.weights();
   KT_CHECK(int8 || !int8_gradients, "gradients: int8 products need int8 products in forward, too");
-  LayerCall call = layer_call(w, x, ids, weights, lora, gate, up, int8);
+  LayerCall call = layer_call(w, x, ids, weights, lora, gate_up, int8);
   call.gradient_compute = int8_gradients ? Compute::int8 : Compute::bf16;
   const int64_t T = call.tokens, D = w.hidden;
   LayerGrads g{};

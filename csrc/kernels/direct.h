@@ -31,7 +31,7 @@ inline __attribute__((always_inline)) void multiply_blocks(const uint8_t* block,
   for (int q = q0; q < q1; ++q) {
     const uint8_t* codes = block + q * R::kBlockBytes;
     const Ops::Elem* tile = left + q * kTileElems;
-    for (int i = 0; i < lines; ++i) __builtin_prefetch(ahead.at + q * ahead.stride + i * 64);
+    for (int i = 0; i < lines; ++i) ask_for(ahead.at + q * ahead.stride + i * 64);
     Vec::I32 next[kStripTiles];
     R::Codes::template pairs<Vec>(codes, 0, next);
 #pragma GCC unroll 2

@@ -6,7 +6,7 @@
 #pragma once
 
 constexpr int kSkinnySteps = 4096;     // reduction steps converted at once: 4 rows x 16 KiB
-constexpr int kSkinnyAhead = 4 << 10;  // bytes that prefetching runs ahead of the arithmetic: the latency of DRAM
+constexpr int kSkinnyAhead = 8 << 10;  // bytes that prefetching runs ahead of the arithmetic: the latency of DRAM
 
 // Activations [q0, q0 + nq) of all rows, from tiles of either side to fp32 rows [m][kSkinnySteps]; zeros up to 32.
 inline void skinny_rows(const GemmArgs& g, const GemmTerm& term, int q0, int nq, float* rows) {
@@ -31,7 +31,7 @@ inline void convert_exact(float from, float& to) { to = from; }
 
 template <int Bytes>
 inline void prefetch_ahead(const uint8_t* at) {
-  for (int i = 0; i < Bytes; i += 64) __builtin_prefetch(at + i);
+  for (int i = 0; i < Bytes; i += 64) ask_for(at + i);
 }
 
 // Codes that are read in the order in which they lie, up to `end`; those at `next` are read after them.

@@ -151,7 +151,7 @@ class SharedKernels:
         job = Job(**inputs._asdict(), kept=gate_up, grad_out=grad_out, total_experts=self._total)
         answer = self._layer.rounds.ask(Request(Kind.BACKWARD, self._layer.number, job, number))
         if answer is None:
-            return LOCAL.backward(inputs, (None, None, None), grad_out)
+            return LOCAL.backward(inputs, (None, None), grad_out)
         result, _ = answer
         grad_x, grad_weights, *grad_x_lora = result.rows
         return grad_x, grad_weights, grad_x_lora[0] if grad_x_lora else None, result.factor_grads
@@ -183,13 +183,13 @@ def _pack_kept(gate_up: Tensor | None, number: int, retain: bool) -> Kept:
     keeps depends on the others: autograd gets a view of the first element, which keeps the whole storage alive.
     """
     if not retain:
-        return None, None, None
+        return None, None
     view = torch.zeros(1, dtype=torch.bfloat16) if gate_up is None or not gate_up.numel() else gate_up.view(-1)[:1]
-    return view, torch.tensor([number if gate_up is not None else -1]), None
+    return view, torch.tensor([number if gate_up is not None else -1])
 
 
 def _unpack_kept(kept: Kept, width: int) -> tuple[Tensor | None, int]:
-    view, number, _ = kept
+    view, number = kept
     if view is None or number is None or int(number) < 0:
         return None, -1
     elements = view.untyped_storage().nbytes() // view.element_size()

@@ -126,15 +126,10 @@ def _forward(job: Job, share: _Share, partials: list[Tensor]) -> Tensor | None:
     kept = None
     if job.retain:  # pages of other ranks' rows are never touched
         kept = torch.empty(2, share.ids.numel(), job.packed.intermediate_size, dtype=torch.bfloat16)
-    gate, up = _gate_up(kept)
     native.forward(
-        *job.packed.native_args(), share.x, share.ids, share.weights, share.lora, gate, up, job.int8, partials[0]
+        *job.packed.native_args(), share.x, share.ids, share.weights, share.lora, kept, job.int8, partials[0]
     )
     return kept
-
-
-def _gate_up(kept: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-    return (None, None) if kept is None else (kept[0], kept[1])
 
 
 def _backward(job: Job, share: _Share, partials: list[Tensor]) -> dict[str, Tensor]:
@@ -145,10 +140,9 @@ def _backward(job: Job, share: _Share, partials: list[Tensor]) -> dict[str, Tens
         grad[end:].zero_()
     held = {f"grad_{name}": grad[begin:end] for name, grad in grads.items()}
     grad_x, grad_weights, *grad_x_lora = partials
-    gate, up = _gate_up(job.kept)
     assert share.grad_out is not None
     native.backward(
-        *job.packed.native_args(), share.x, share.ids, share.weights, {**share.lora, **held}, gate, up,
-        job.int8, job.int8_gradients, share.grad_out, grad_x, grad_x_lora[0] if grad_x_lora else None, grad_weights,
+        *job.packed.native_args(), share.x, share.ids, share.weights, {**share.lora, **held}, job.kept, job.int8,
+        job.int8_gradients, share.grad_out, grad_x, grad_x_lora[0] if grad_x_lora else None, grad_weights,
     )  # fmt: skip
     return grads

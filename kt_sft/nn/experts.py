@@ -180,8 +180,9 @@ class KtExperts(nn.Module):
         self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor, *, kernels: Kernels | None = None
     ) -> Tensor:
         """hidden_states (..., D), top_k_index (T, K) and top_k_weights (T, K) -> like hidden_states."""
+        flat = hidden_states.dim() == 2  # a change of shapes costs more than the checks of a call
         out_TD = moe_experts(
-            hidden_states.reshape(-1, self.hidden_size),
+            hidden_states if flat else hidden_states.reshape(-1, self.hidden_size),
             top_k_index,
             top_k_weights,
             self.packed,
@@ -191,7 +192,7 @@ class KtExperts(nn.Module):
             gradient_compute_type=self.gradient_compute_type,
             kernels=kernels or self._kernels(hidden_states),
         )
-        return out_TD.view(hidden_states.shape)
+        return out_TD if flat else out_TD.view(hidden_states.shape)
 
     def __len__(self) -> int:
         return self.num_experts

@@ -15,7 +15,7 @@ from kt_sft import native
 from . import memory
 from .packed import PackedExperts
 
-Kept = tuple[Tensor | None, Tensor | None, Tensor | None]
+Kept = tuple[Tensor | None, Tensor | None]
 
 
 class Inputs(NamedTuple):
@@ -34,8 +34,8 @@ class Kernels(Protocol):
     """What runs the passes."""
 
     def forward(self, inputs: Inputs, retain: bool) -> tuple[Tensor, Kept]:
-        """out (T, D) fp32, and what backward wants to see again (here gate, up and what their adapters' A gave); None
-        where nothing is retained."""
+        """out (T, D) fp32, and what backward wants to see again (here gate and up, (2, N, F), and what the A of their
+        adapters gave); None where nothing is retained."""
 
     def backward(
         self, inputs: Inputs, kept: Kept, grad_out: Tensor
@@ -48,16 +48,15 @@ class LocalKernels:
 
     def forward(self, inputs: Inputs, retain: bool) -> tuple[Tensor, Kept]:
         packed, x, ids, weights, lora, int8, _ = inputs
-        gate = up = low_rank = None
+        gate_up = low_rank = None
         if retain:
-            rows = (ids.numel(), packed.intermediate_size)
-            gate, up = memory.recycled(rows, torch.bfloat16), memory.recycled(rows, torch.bfloat16)
+            gate_up = memory.recycled((2, ids.numel(), packed.intermediate_size), torch.bfloat16)
             if rank := sum(lora[name].shape[1] for name in ("gate_a", "up_a") if name in lora):
                 low_rank = memory.recycled((ids.numel(), rank), torch.bfloat16)
                 lora = {**lora, "low_rank": low_rank}
         out = memory.recycled(x.shape, torch.float32)
-        native.forward(*packed.native_args(), x, ids, weights, lora, gate, up, int8, out)
-        return out, (gate, up, low_rank)
+        native.forward(*packed.native_args(), x, ids, weights, lora, gate_up, int8, out)
+        return out, (gate_up, low_rank)
 
     def backward(
         self, inputs: Inputs, kept: Kept, grad_out: Tensor
@@ -66,12 +65,12 @@ class LocalKernels:
         grads = {name: memory.recycled(lora[name].shape, torch.float32) for name in factor_names(lora)}
         grad_x, grad_weights = memory.recycled(x.shape, torch.float32), memory.recycled(weights.shape, torch.float32)
         grad_x_lora = memory.recycled(x.shape, torch.float32) if "x" in lora else None
-        gate, up, low_rank = kept
+        gate_up, low_rank = kept
         if low_rank is not None:
             lora = {**lora, "low_rank": low_rank}
         arguments = {**lora, **{f"grad_{name}": grad for name, grad in grads.items()}}
         native.backward(
-            *packed.native_args(), x, ids, weights, arguments, gate, up, int8, int8_gradients,
+            *packed.native_args(), x, ids, weights, arguments, gate_up, int8, int8_gradients,
             grad_out, grad_x, grad_x_lora, grad_weights,
         )  # fmt: skip
         return grad_x, grad_weights, grad_x_lora, grads

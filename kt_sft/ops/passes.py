@@ -83,8 +83,8 @@ class Backward:
         self, call: Call, weights_dtype: torch.dtype, saved: tuple[Tensor | None, ...], grad_out_TD: Tensor
     ) -> None:
         """``saved`` is :meth:`Forward.saved`, then the factors."""
-        self.call, self._saved = call, saved[:7]
-        factors: Any = saved[7:]
+        self.call, self._saved = call, saved[:6]
+        factors: Any = saved[6:]
         target = _Target(grad_out_TD.device, grad_out_TD.dtype)
         self._targets = [target, target._replace(dtype=weights_dtype), target]
         self._targets += [_Target(f.device, f.dtype) for f in factors]
@@ -95,13 +95,13 @@ class Backward:
 
     def run(self) -> tuple[Tensor | None, ...]:
         """grad_x_TD, grad_weights_TK, grad_x_lora_TD or None, then one gradient per factor."""
-        x, ids, weights, x_lora, gate, up, low_rank = self._saved
+        x, ids, weights, x_lora, *kept = self._saved
         assert x is not None and ids is not None and weights is not None
         lora = self._lora if x_lora is None else {**self._lora, "x": x_lora}
         self.transfer.wait()
         inputs = Inputs(self.call.packed, x, ids, weights, lora, self.call.int8, self.call.int8_gradients)
         grad_x_TD, grad_weights_TK, grad_x_lora_TD, factor_grads = self.call.kernels.backward(
-            inputs, (gate, up, low_rank), self._grad_out
+            inputs, (kept[0], kept[1]), self._grad_out
         )
         grads = (grad_x_TD, grad_weights_TK, grad_x_lora_TD, *(factor_grads[n] for n in self.call.factor_names))
         sent = tuple(

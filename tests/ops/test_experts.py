@@ -280,7 +280,7 @@ def test_bad_factors_and_settings_raise_value_errors():
 )  # fmt: skip
 def test_the_kernels_check_their_arguments(argument, value, message):
     layer = Case(T=5)
-    arguments = {"x": layer.x, "ids": layer.ids, "weights": layer.weights, "lora": {}, "gate": None, "up": None}
+    arguments = {"x": layer.x, "ids": layer.ids, "weights": layer.weights, "lora": {}, "gate_up": None}
     arguments |= {"int8": False, "out": torch.empty(5, 64)}
     native.forward(*layer.packed.native_args(), *arguments.values())
     arguments[argument] = value

@@ -52,4 +52,4 @@ def test_shares_add_up(call, retain, isa):
 def test_slots_are_left_out_only_where_others_compute_them(call):
     packed, x, ids, weights, lora = call
     with pytest.raises(ValueError, match="expected expert ids 0 to 4, got -1"):
-        native.forward(*packed.native_args(), x, shares(ids)[0], weights, lora, None, None, False, torch.empty(T, D))
+        native.forward(*packed.native_args(), x, shares(ids)[0], weights, lora, None, False, torch.empty(T, D))
