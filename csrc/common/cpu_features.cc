@@ -27,6 +27,9 @@ uint64_t xcr0() {
 
 bool bit(uint32_t value, int index) { return (value >> index) & 1; }
 
+bool is_amd() { return cpuid(0, 0).ebx == 0x68747541; }  // the first letters of AuthenticAMD
+uint32_t family(const Regs& l1) { return (l1.eax >> 8 & 0xf) + (l1.eax >> 20 & 0xff); }  // of processors since 2003
+
 // Linux >= 5.16 grants the 8 KiB of tile data per process on request (Documentation/arch/x86/xstate.rst).
 bool request_tile_data() {
   constexpr long kArchReqXcompPerm = 0x1023;
@@ -46,6 +49,7 @@ CpuFeatures detect() {
   f.avx512_bf16 = f.avx512 && bit(l7_1.eax, 5) && bit(l7.ecx, 11) && bit(l7.ecx, 1);
   f.amx_bf16 =
       f.avx512_bf16 && os_tiles && bit(l7.edx, 24) && bit(l7.edx, 22) && bit(l7.edx, 25) && request_tile_data();
+  f.halves_512 = f.avx512 && is_amd() && family(l1) == 0x19;
   return f;
 }
 

@@ -5,14 +5,20 @@
 #pragma once
 
 constexpr int kDirectTiles = 64;  // reduction tiles from one visit of the sums to the next
-constexpr int kDirectRows = 64;   // of more rows the decoding for every 8 costs more than one for all into a panel
+
+// Of more rows the decoding for every 8 costs more than one for all into a panel: soon where an operation takes its
+// unit for two halves, so that permutes delay products. Codes of 16 bits are not decoded.
+template <class R>
+inline int direct_rows() {
+  return R::kInfo.bits < 16 && cpu_features().halves_512 ? 8 : 64;
+}
 
 inline bool multiplies_codes(const GemmArgs& g, const GemmTerm& term) {
-  if (!ActiveOps::kMultipliesCodes || g.side != Side::left || g.m > kDirectRows || term.packed == nullptr) return false;
+  if (!ActiveOps::kMultipliesCodes || g.side != Side::left || term.packed == nullptr) return false;
   switch (term.packed->format) {
 #define KT_FORMAT(name, Codes, Scales, bits, ...) \
   case kt_sft::Format::name:                      \
-    return kMultipliesPairs<Row<kt_sft::Format::name>>;
+    return kMultipliesPairs<Row<kt_sft::Format::name>> && g.m <= direct_rows<Row<kt_sft::Format::name>>();
 #include "kernels/registry.inc"
   }
   return false;

@@ -2,8 +2,8 @@
 //   out[m][c] = sum_terms sum_q act[m][q] * W[c][q]
 // Loop order: reduction panels of kPanelTiles outermost, then strips of 32 weight columns, then activation tiles. A
 // decoded strip panel (16 KiB of bf16) stays in L1 for all rows; the activations of a panel and the accumulators stay
-// in L2 for all strips; the codes are read once. Up to kDirectRows rows there is no panel where direct.h can do
-// without. Included inside the variant's namespace after Ops.
+// in L2 for all strips; the codes are read once. Of few rows there is no panel where direct.h can do without.
+// Included inside the variant's namespace after Ops.
 #pragma once
 
 inline int min_int(int a, int b) { return a < b ? a : b; }

@@ -3,6 +3,7 @@
 // the linker into the one with instructions that the CPU lacks.
 #include <immintrin.h>
 
+#include "common/cpu_features.h"
 #include "kernels/kernel_table.h"
 
 namespace kt_sft {
