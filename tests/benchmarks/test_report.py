@@ -99,6 +99,14 @@ def test_cache_sizes_are_read_from_sysfs(tmp_path):
     assert machine.cache_bytes(3, tmp_path) is None
 
 
+def test_processors_of_one_name_are_told_apart_by_family_and_model(tmp_path):
+    one = "processor\t: 0\ncpu family\t: 25\nmodel\t\t: 17\nmodel name\t: AMD EPYC\nstepping\t: 1\n"
+    (tmp_path / "cpuinfo").write_text(f"{one}\n{one.replace('25', '26')}\n")
+    assert machine.cpu_name(tmp_path / "cpuinfo") == "AMD EPYC (family 25 model 17)"
+    (tmp_path / "cpuinfo").write_text("processor : 0\nBogoMIPS : 50.00\n")
+    assert machine.cpu_name(tmp_path / "cpuinfo") == "unknown"
+
+
 def test_a_whole_run_covers_every_row_instruction_set_layer_and_routing(monkeypatch):
     monkeypatch.setattr("sys.argv", ["benchmarks"])
     args = bench.parse_args()
