@@ -72,7 +72,7 @@ class Ours:
     ``source(e)`` gives gate, up and down of an expert; by default those of benchmarks/shapes.py.
     """
 
-    dram = staticmethod(probes.dram)
+    dram = probes.Dram
 
     def __init__(self, shape: Shape, name: str, source: Callable[[int], Matrices] | None = None) -> None:
         self.row = parse(name)

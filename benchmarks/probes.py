@@ -5,7 +5,7 @@ All threads together. A limit is the best of several runs: what the hardware giv
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 
 from benchmarks.machine import cache_bytes
 from kt_sft import native
@@ -37,8 +37,14 @@ class Limits:
     def int8_peak(self) -> float | None:
         return self.int8_peaks.get(self.isa)
 
-    def as_dict(self) -> dict[str, object]:
-        return asdict(self)
+    def better(self, other: Limits) -> Limits:
+        """The higher of every limit, of two measurements on one machine."""
+        peaks, int8_peaks = (
+            {isa: max(rate, getattr(other, name)[isa]) for isa, rate in getattr(self, name).items()}
+            for name in ("peaks", "int8_peaks")
+        )
+        rates = {name: max(getattr(self, name), getattr(other, name)) for name in ("l2", "dram", "dram_4k")}
+        return replace(self, peaks=peaks, int8_peaks=int8_peaks, **rates)
 
 
 def _best_peak(name: str) -> float | None:
@@ -56,12 +62,19 @@ def bandwidth(bytes_per_thread: int, huge_pages: bool, tries: int = _REPEATS // 
     """Read GB/s of all threads, each from memory of its own."""
     passes = max(1, (1 << 29) // bytes_per_thread)
     aligned = -(-bytes_per_thread // 4096) * 4096
-    return max(native.read_bandwidth(aligned, passes, huge_pages) for _ in range(tries)) / 1e9
+    return max(native.ReadProbe(aligned, huge_pages).best(passes) for _ in range(tries)) / 1e9
 
 
-def dram() -> float:
-    """Read GB/s of memory by all threads: at least four times L3, on huge pages."""
-    return bandwidth(4 * (cache_bytes(3) or 32 << 20) // native.num_threads(), True, tries=2)
+class Dram:
+    """Read GB/s of memory by all threads, again and again beside a measurement: four times L3, on huge pages."""
+
+    def __init__(self) -> None:
+        self._probe = native.ReadProbe(4 * (cache_bytes(3) or 32 << 20) // native.num_threads() // 4096 * 4096, True)
+        self._probe.best(4)
+
+    def read(self) -> float:
+        """One reading, of a few milliseconds."""
+        return self._probe.read(1) / 1e9
 
 
 def measure() -> Limits:

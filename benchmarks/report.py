@@ -126,7 +126,7 @@ def markdown(report: Report) -> str:
         "# Measurements",
         f"Written by `{facts['command']}` on {facts['date']}: {facts['cpu']}, {report.limits.threads} threads, "
         f"{report.limits.isa}, commit {facts['commit']}. Times are medians with the 20th and 80th percentile, in the "
-        f"best of three rounds; other processes took up to {report.others():.1f} cores meanwhile. What limits what: "
+        f"best of three visits; other processes took up to {report.others():.1f} cores meanwhile. What limits what: "
         "[performance.md](performance.md).",
         "![roofline](roofline.svg)",
     ]

@@ -1,5 +1,5 @@
 """One row in one process: build the layer, check it, time it. ``python -m benchmarks.worker JOB.json RESULT.json``.
-A job with ``points`` of an earlier visit times them once more.
+A job with ``points`` of an earlier visit times them once more: one round a visit.
 
 The result holds ``points`` (one per number of tokens; times in ms, median, 20th and 80th percentile of the best round),
 ``memory`` and ``packing`` of our rows, or ``unavailable`` / ``wrong`` with the reason.
@@ -23,8 +23,8 @@ from benchmarks.shapes import SHAPES, TINY, Shape, bank, make_inputs
 
 DECODE_TOKENS = 8  # up to here a call without gradients is timed too
 MEMORY_ROWS = 64  # per expert: of more, memory limits nothing
-MIN_CALLS, MAX_CALL_SECONDS = 3, 4.0
-ROUNDS = 3  # over all points, the last at a second visit: what others do on the machine slows seconds, or minutes
+MIN_CALLS, MAX_CALL_SECONDS = 5, 4.0
+READ_EVERY = 5e-3  # seconds of calls between two looks at what DRAM gives
 
 
 def quantiles(samples: list[float]) -> tuple[float, float, float]:
@@ -36,29 +36,38 @@ def quantiles(samples: list[float]) -> tuple[float, float, float]:
     return statistics.median(ms), cuts[1], cuts[7]
 
 
-def repeat(call: Callable[[int], tuple[float, ...]], seconds: float) -> list[list[float]]:
-    """Times of each part of ``call(i)``: two calls to warm up, then at least MIN_CALLS and about ``seconds``."""
-    samples = []
-    stop = None
+def repeat(
+    call: Callable[[int], tuple[float, ...]], seconds: float, look: Callable[[], float] | None = None
+) -> tuple[list[list[float]], list[float]]:
+    """Times of each part of ``call(i)``: two calls to warm up, then at least MIN_CALLS and about ``seconds``.
+
+    And what ``look`` found between them: after every READ_EVERY seconds of calls, and after the last.
+    """
+    samples, found = [], []
+    stop, since = None, 0.0
     for i in range(1_000_000):
         times = call(i)
         if i < 2:
             continue
         stop = stop or time.perf_counter() + seconds
         samples.append(times)
-        if len(samples) >= MIN_CALLS and time.perf_counter() >= stop:
+        since += sum(times)
+        last = len(samples) >= MIN_CALLS and time.perf_counter() >= stop
+        if look and (last or since >= READ_EVERY):
+            found.append(look())
+            since = 0.0
+        if last:
             break
-    return [list(part) for part in zip(*samples, strict=True)]
+    return [list(part) for part in zip(*samples, strict=True)], found
 
 
-def measure(row: Any, shape: Shape, tokens: int, routing: str, seconds: float) -> dict[str, Any]:
+def measure(row: Any, shape: Shape, tokens: int, routing: str, seconds: float, dram: Any = None) -> dict[str, Any]:
     """Times of one number of tokens. Few tokens rotate over inputs, so that no weights stay in the cache.
 
-    ``*_dram``: what our rows find that DRAM gives just before and after, for on a machine shared with others that
-    changes between one minute and the next.
+    ``*_dram``: the median of what ``dram`` finds between the calls. On a machine shared with others that changes within
+    a second, so that a median of times is only comparable with a median of what was there meanwhile.
     """
-    dram = getattr(row, "dram", None) if tokens * shape.K <= MEMORY_ROWS * shape.E else None
-    given = [dram()] if dram else []
+    look = dram.read if dram and tokens * shape.K <= MEMORY_ROWS * shape.E else None
     batches = [make_inputs(shape, tokens, seed, routing) for seed in range(max(1, min(16, 64 // tokens)))]
     active = statistics.mean(len(ids.unique()) for _, ids, _, _ in batches)
 
@@ -77,17 +86,17 @@ def measure(row: Any, shape: Shape, tokens: int, routing: str, seconds: float) -
         return (time.perf_counter() - start,)
 
     with machine.OtherLoad() as others:
-        parts = dict(zip(("fwd", "bwd"), repeat(step, seconds), strict=True))
+        times, given = repeat(step, seconds, look)
+        parts = {"fwd": (times[0], given), "bwd": (times[1], given)}
         if tokens <= DECODE_TOKENS:
-            parts["infer"] = repeat(infer, seconds / 2)[0]
-    if dram:
-        given.append(dram())
+            times, given = repeat(infer, seconds / 2, look)
+            parts["infer"] = times[0], given
     point: dict[str, Any] = dict(tokens=tokens, routing=routing, active=active, rows=tokens * shape.K / active)
-    for name, samples in parts.items():
+    for name, (samples, given) in parts.items():
         point |= dict(zip((f"{name}_ms", f"{name}_p20", f"{name}_p80"), quantiles(samples), strict=True))
         if given:
-            point[f"{name}_dram"] = max(given)
-    return point | dict(calls=len(parts["fwd"]), others=others.cores)
+            point[f"{name}_dram"] = statistics.median(given)
+    return point | dict(calls=len(parts["fwd"][0]), others=others.cores)
 
 
 def better(point: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
@@ -99,11 +108,14 @@ def better(point: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
     return best
 
 
-def measure_again(row: Any, shape: Shape, points: list[dict[str, Any]], seconds: float) -> None:
+def measure_again(
+    row: Any, shape: Shape, points: list[dict[str, Any]], seconds: float, dram: Any = None
+) -> list[dict[str, Any]]:
     """One more round over the points that have times; of every part the better one is kept."""
-    for point in points:
-        if "skipped" not in point:
-            point |= better(point, measure(row, shape, point["tokens"], point["routing"], seconds))
+    return [
+        p if "skipped" in p else better(p, measure(row, shape, p["tokens"], p["routing"], seconds, dram))
+        for p in points
+    ]
 
 
 def make_row(job: dict[str, Any], shape: Shape) -> Any:
@@ -155,6 +167,11 @@ def memory(row: Any, shape: Shape, tokens: int, before: float) -> dict[str, floa
     )
 
 
+def probe(row: Any) -> Any:
+    """What reads memory beside our rows; it holds memory itself, so it comes after the row's was measured."""
+    return row.dram() if hasattr(row, "dram") else None
+
+
 def run(job: dict[str, Any]) -> dict[str, Any]:
     """All that ``job`` asks for: row, shape, threads, seconds; tokens (list) and routings, or ``points``."""
     shape = SHAPES[job["shape"]]
@@ -164,14 +181,13 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
     row = make_row(job, shape)
     bank.cache_clear()
     if "points" in job:
-        measure_again(row, shape, job["points"], job["seconds"])
-        return result | dict(points=job["points"])
+        return result | dict(points=measure_again(row, shape, job["points"], job["seconds"], probe(row)))
     result["weights_mib"] = row.weight_bytes / 2**20
     if hasattr(row, "pack_seconds"):
         source = 2 * shape.expert_values * shape.E / 1e9 / job["threads"]
         result["packing"] = dict(seconds=row.pack_seconds, gb_per_s_per_thread=source / row.pack_seconds)
         result["memory"] = memory(row, shape, max(job["tokens"]), before)
-    expected = check.evaluate(row, shape)
+    expected, dram = check.evaluate(row, shape), probe(row)
     check.check(row, shape, expected, 3, "balanced")
     call_seconds = 0.0
     for tokens, routing in itertools.product(job["tokens"], job["routings"]):
@@ -180,12 +196,10 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
             off = check.check(row, shape, expected, tokens, routing)
             call_seconds = time.perf_counter() - start
         if call_seconds <= MAX_CALL_SECONDS:
-            point = measure(row, shape, tokens, routing, job["seconds"]) | dict(error=off)
+            point = measure(row, shape, tokens, routing, job["seconds"], dram) | dict(error=off)
         else:
             point = dict(tokens=tokens, routing=routing, skipped=f"forward and backward took {call_seconds:.0f} s")
         result["points"].append(point)
-    for _ in range(ROUNDS - 2):
-        measure_again(row, shape, result["points"], job["seconds"])
     return result
 
 

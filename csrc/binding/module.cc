@@ -377,8 +377,12 @@ PYBIND11_MODULE(_C, m) {
   m.def("peak_flops", peak_flops, py::arg("iterations"), "measured multiply-add rate of all threads, from registers");
   m.def("peak_int8", peak_int8, py::arg("iterations"), "the same of int8 multiply-adds");
   m.def("computes_int8", [] { return kernels().gemm8 != nullptr; });
-  m.def("read_bandwidth", read_bandwidth, py::arg("bytes_per_thread"), py::arg("passes"), py::arg("huge_pages"),
-        py::call_guard<py::gil_scoped_release>(), "bytes per second that all threads read together");
+  py::class_<ReadProbe>(m, "ReadProbe", "memory for every thread, to measure the rate at which they read it")
+      .def(py::init<int64_t, bool>(), py::arg("bytes_per_thread"), py::arg("huge_pages"))
+      .def("best", &ReadProbe::best, py::arg("passes"), py::call_guard<py::gil_scoped_release>(),
+           "bytes per second that all threads read together, at the best prefetch distance")
+      .def("read", &ReadProbe::read, py::arg("passes"), py::call_guard<py::gil_scoped_release>(),
+           "the same at the distance that best found");
   m.def("workspace_bytes", Workspace::capacity);
   m.def("set_workspace_poison", Workspace::set_poison, py::arg("on"));
   m.def("packed_bytes", [](int experts, int hidden, int intermediate, const Layout& layout) {

@@ -40,7 +40,7 @@ def peak_flops() -> Rate:
 
 def memory_bandwidth() -> Rate:
     """Bytes per second that all kernel threads together read from memory."""
-    rate = native.read_bandwidth(_READ_PER_THREAD, 3, True)
+    rate = native.ReadProbe(_READ_PER_THREAD, True).best(3)
     return Rate(rate, f"measured: reading {_READ_PER_THREAD >> 20} MiB per thread, {native.num_threads()} threads")
 
 

@@ -8,17 +8,34 @@ from kt_sft import native
 
 def test_reads_are_counted_on_every_instruction_set(isa):
     for huge_pages in (True, False):
-        rate = native.read_bandwidth(64 << 10, 3, huge_pages)
-        assert 1e7 < rate < 1e14
+        probe = native.ReadProbe(64 << 10, huge_pages)
+        assert 1e7 < probe.best(3) < 1e14 and 1e7 < probe.read(1) < 1e14
 
 
-@pytest.mark.parametrize(("arguments", "message"), [
-    ((100, 1, True), "bytes_per_thread: expected a positive multiple of 512, got 100"),
-    ((512, 0, True), "passes: expected at least 1, got 0"),
-])  # fmt: skip
-def test_arguments_that_cannot_be_measured(arguments, message):
-    with pytest.raises(ValueError, match=message):
-        native.read_bandwidth(*arguments)
+def test_arguments_that_cannot_be_measured():
+    with pytest.raises(ValueError, match="bytes_per_thread: expected a positive multiple of 512, got 100"):
+        native.ReadProbe(100, True)
+    with pytest.raises(ValueError, match="passes: expected at least 1, got 0"):
+        native.ReadProbe(512, True).read(0)
+
+
+def test_a_probe_reads_with_the_threads_that_it_was_made_for():
+    threads = native.num_threads()
+    probe = native.ReadProbe(512, False)
+    try:
+        native.set_num_threads(threads + 1)
+        with pytest.raises(ValueError, match=f"made for {threads}, now they are {threads + 1}"):
+            probe.read(1)
+    finally:
+        native.set_num_threads(threads)
+
+
+def test_of_two_measurements_the_higher_limit_counts():
+    first = probes.Limits(isa="a", threads=2, peaks=dict(a=1.0, b=3.0), int8_peaks={}, l2=5.0, dram=2.0, dram_4k=1.0)
+    second = probes.Limits(isa="a", threads=2, peaks=dict(a=2.0, b=1.0), int8_peaks={}, l2=4.0, dram=3.0, dram_4k=1.0)
+    assert first.better(second) == probes.Limits(
+        isa="a", threads=2, peaks=dict(a=2.0, b=3.0), int8_peaks={}, l2=5.0, dram=3.0, dram_4k=1.0
+    )
 
 
 def test_every_limit_is_found(monkeypatch):

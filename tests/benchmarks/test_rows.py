@@ -158,10 +158,18 @@ def test_weights_are_the_same_on_every_call_and_differ_between_experts():
 
 
 def test_times_of_repeated_calls():
-    parts = worker.repeat(lambda i: (float(i), 1.0), seconds=0.0)
-    assert parts == [[2.0, 3.0, 4.0], [1.0] * 3]  # two calls to warm up
+    parts, found = worker.repeat(lambda i: (float(i), 1.0), seconds=0.0)
+    assert parts == [[2.0, 3.0, 4.0, 5.0, 6.0], [1.0] * 5] and not found  # two calls to warm up
     median, p20, p80 = worker.quantiles([0.001 * i for i in range(11)])
     assert (median, p20, p80) == pytest.approx((5.0, 2.0, 8.0))
+
+
+def test_memory_is_looked_at_between_the_calls():
+    looks = iter(range(100))
+    parts, found = worker.repeat(lambda i: (0.6 * worker.READ_EVERY,), 0.0, lambda: float(next(looks)))
+    assert len(parts[0]) == 5 and found == [0.0, 1.0, 2.0]  # after two, four and the last
+    _, found = worker.repeat(lambda i: (2 * worker.READ_EVERY,), 0.0, lambda: 7.0)
+    assert found == [7.0] * 5
 
 
 def test_the_better_round_of_every_part_counts():
