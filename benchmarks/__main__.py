@@ -13,13 +13,10 @@ from __future__ import annotations
 
 import argparse
 import datetime
-import json
 import os
 import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -28,6 +25,7 @@ from rich.progress import track
 from benchmarks import accuracy, machine, mapping, overhead, plot, probes, reach
 from benchmarks.report import TABLES, Report, limit_rows, markdown, rich_table, write_csv
 from benchmarks.shapes import ROUTINGS
+from benchmarks.visits import ROUNDS, Row, groups, points_of, results, rounds
 from kt_sft import native
 
 OURS = ["bf16", "int8", "int4", "fp8", "mxfp4", "int8*int8", "int8*int8+grad8"]
@@ -49,55 +47,15 @@ LAYERS = {
 }
 PEER_PYTHON = "KT_SFT_PEER_PYTHON"
 GATE = ["tests/ops/test_kernels.py", "tests/ops/test_experts.py", "tests/weights/test_packed_form.py"]
-TIMEOUT = 600  # seconds of one row
-VISITS = 3  # rounds over all rows: what others do on the machine slows seconds, or minutes
 
 
-def run_job(job: dict[str, Any], python: str = sys.executable) -> dict[str, Any]:
-    """What benchmarks/worker.py finds, or why it found nothing."""
-    isa = job.get("isa", native.isa())
-    environment = {**os.environ, "OMP_NUM_THREADS": str(job["threads"]), "PYTHONPATH": _path(), "KT_SFT_ISA": isa}
-    with tempfile.TemporaryDirectory() as folder:
-        files = [Path(folder) / name for name in ("job.json", "result.json")]
-        files[0].write_text(json.dumps(job))
-        command = [python, "-m", "benchmarks.worker", *map(str, files)]
-        try:
-            done = subprocess.run(
-                command, cwd=machine.ROOT, env=environment, capture_output=True, text=True, timeout=TIMEOUT
-            )
-        except subprocess.TimeoutExpired:
-            return dict(row=job["row"], shape=job["shape"], isa=isa, unavailable=f"took over {TIMEOUT} s")
-        if not files[1].exists():
-            last = (done.stderr.strip().splitlines() or ["no message"])[-1]
-            reason = f"exit status {done.returncode}: {last}"
-            return dict(row=job["row"], shape=job["shape"], isa=isa, unavailable=reason)
-        return json.loads(files[1].read_text()) | dict(isa=isa)
-
-
-def _path() -> str:
-    """PYTHONPATH of a worker: the repository first."""
-    return os.pathsep.join(p for p in (str(machine.ROOT), os.environ.get("PYTHONPATH", "")) if p)
-
-
-def better(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
-    """Of two runs of a row with different threads, the faster one at every point."""
-    if not first.get("points") or not second.get("points"):
-        return first if first.get("points") else second
-    points = []
-    for a, b in zip(first["points"], second["points"], strict=True):
-        a, b = a | dict(threads=first["threads"]), b | dict(threads=second["threads"])
-        steps = [p.get("fwd_ms", float("inf")) + p.get("bwd_ms", float("inf")) for p in (a, b)]
-        points.append(a if steps[0] <= steps[1] else b)
-    return first | dict(points=points)
-
-
-def run_kt(job: dict[str, Any]) -> dict[str, Any]:
-    """A kt-kernel row: with as many threads as ours and with one fewer (kt_kernel_peer.py says why)."""
-    python = os.environ.get(PEER_PYTHON)
-    if not python:
-        return dict(row=job["row"], shape=job["shape"], isa=native.isa(), unavailable=f"{PEER_PYTHON} is not set")
-    result = run_job(job, python)
-    return better(result, run_job(job | dict(threads=job["threads"] - 1), python)) if job["threads"] > 1 else result
+def start(job: dict[str, Any]) -> list[Row]:
+    """The row of a job; of kt-kernel one with as many threads as ours and one with one fewer (kt_kernel_peer.py)."""
+    if not job["row"].startswith("kt "):
+        return [Row(job)]
+    if not (python := os.environ.get(PEER_PYTHON)):
+        return [Row(job, unavailable=f"{PEER_PYTHON} is not set")]
+    return [Row(job | dict(threads=threads), python) for threads in (job["threads"], job["threads"] - 1) if threads > 0]
 
 
 def jobs(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
@@ -115,33 +73,18 @@ def jobs(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
 
 def run_rows(args: argparse.Namespace, console: Console) -> list[dict[str, Any]]:
     """All results; stops at the first of our rows that is wrong."""
-    results, all_jobs = [], list(jobs(args))
-    for job in all_jobs:
-        with console.status(f"{job['row']}, shape {job['shape']} ..."):
-            result = run_kt(job) if job["row"].startswith("kt ") else run_job(job)
-        if "wrong" in result and not job["row"].startswith(("kt ", "torch ", "onednn ")):
-            raise SystemExit(f"refusing to report: {job['row']}, shape {job['shape']}: {result['wrong']}")
-        console.print(_short(result))
-        results.append(result)
-    visits = [pair for _ in range(VISITS - 1) for pair in zip(all_jobs, results, strict=True) if pair[1].get("points")]
-    for job, result in track(visits, "once more", console=console, transient=True):
-        for again in visit_again(job, result):
-            console.print(_short(again))
-    return results
-
-
-def visit_again(job: dict[str, Any], result: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """One more round over the points of a row, minutes after the last; a point keeps its number of threads.
-
-    Yields what each number of threads gave: of every part the better time, or why there is none.
-    """
-    python = os.environ[PEER_PYTHON] if job["row"].startswith("kt ") else sys.executable
-    for threads in {point.get("threads", job["threads"]) for point in result["points"]}:
-        chosen = [i for i, point in enumerate(result["points"]) if point.get("threads", job["threads"]) == threads]
-        again = run_job(job | dict(threads=threads, points=[result["points"][i] for i in chosen]), python)
-        for i, point in zip(chosen, again.get("points", []) or [result["points"][i] for i in chosen], strict=True):
-            result["points"][i] = point
-        yield again
+    found = []
+    for rows in groups(list(jobs(args)), start):
+        total, names = args.rounds * len(points_of(rows)) * len(rows), ", ".join(row.job["row"] for row in rows)
+        for row in track(rounds(rows, args.rounds), f"in turn: {names}", total, console=console, transient=True):
+            if "wrong" in row.result and not row.job["row"].startswith(("kt ", "torch ", "onednn ")):
+                raise SystemExit(
+                    f"refusing to report: {row.job['row']}, shape {row.job['shape']}: {row.result['wrong']}"
+                )
+        for result in results(rows):
+            console.print(_short(result))
+            found.append(result)
+    return found
 
 
 def _short(result: dict[str, Any]) -> str:
@@ -186,6 +129,7 @@ def parse_args() -> argparse.Namespace:
     args.tokens = [int(t) for t in args.tokens.split(",")] if args.tokens else quick_tokens if args.quick else TOKENS
     args.layers = list(LAYERS) if args.whole else ["olmoe"] if args.quick else []
     args.seconds = args.seconds or (0.3 if args.quick else 0.6)
+    args.rounds = 2 if args.quick else ROUNDS
     return args
 
 

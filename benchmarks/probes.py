@@ -65,16 +65,23 @@ def bandwidth(bytes_per_thread: int, huge_pages: bool, tries: int = _REPEATS // 
     return max(native.ReadProbe(aligned, huge_pages).best(passes) for _ in range(tries)) / 1e9
 
 
-class Dram:
-    """Read GB/s of memory by all threads, again and again beside a measurement: four times L3, on huge pages."""
+class Beside:
+    """What the machine gives beside a measurement, again and again: on one shared with others that changes within a
+    second, by clocks and by what the neighbours take.
 
-    def __init__(self) -> None:
-        self._probe = native.ReadProbe(4 * (cache_bytes(3) or 32 << 20) // native.num_threads() // 4096 * 4096, True)
-        self._probe.best(4)
+    ``peak``: tera-operations per second from registers, of the products that a row computes with; ``dram``: read GB/s
+    of memory by all threads, four times L3 on huge pages.
+    """
 
-    def read(self) -> float:
-        """One reading, of a few milliseconds."""
-        return self._probe.read(1) / 1e9
+    def __init__(self, int8: bool) -> None:
+        self._peak = native.peak_int8 if int8 else native.peak_flops
+        self._dram = native.ReadProbe(4 * (cache_bytes(3) or 32 << 20) // native.num_threads() // 4096 * 4096, True)
+        self._dram.best(4)
+
+    def read(self) -> dict[str, float]:
+        """One reading of each, of some milliseconds together."""
+        peak = {} if native.isa() in _MODELS else {"peak": self._peak(_PEAK_ITERATIONS // 8) / 1e12}
+        return peak | {"dram": self._dram.read(1) / 1e9}
 
 
 def measure() -> Limits:

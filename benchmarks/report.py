@@ -13,8 +13,9 @@ from benchmarks.accuracy import Accuracy, cell
 from benchmarks.probes import Limits
 from benchmarks.reach import Line, tflops
 from benchmarks.shapes import SHAPES
+from benchmarks.visits import ROUNDS
 
-TIMES = [f"{part}_{q}" for part in ("fwd", "bwd", "infer") for q in ("p20", "ms", "p80", "dram")]
+TIMES = [f"{part}_{q}" for part in ("fwd", "bwd", "infer") for q in ("p20", "ms", "p80", "peak", "dram")]
 FIELDS = ["shape", "row", "isa", "threads", "routing", "tokens", "rows", "active", *TIMES, "fwd_tflops", "bwd_tflops"]
 FIELDS += ["error", "calls", "others", "weights_mib", "skipped", "cpu", "commit"]
 
@@ -73,7 +74,7 @@ def point_rows(report: Report) -> Rows:
         rates = [f"{tflops(p, part):.3g}" for part in ("fwd", "bwd")]
         share = f"{tflops(p) / report.limits.peak:.0%}"
         body.append([*head, _ms(p, "infer"), _ms(p, "fwd"), _ms(p, "bwd"), " / ".join(rates), share])
-    heads = ["T", "rows per expert", "row", "inference ms", "forward ms", "backward ms", "TFLOP/s", "of peak"]
+    heads = ["T", "rows per expert", "row", "inference ms", "forward ms", "backward ms", "TFLOP/s", "of the best peak"]
     return SHAPES["A"].describe() + ", balanced routing", heads, body
 
 
@@ -126,8 +127,9 @@ def markdown(report: Report) -> str:
         "# Measurements",
         f"Written by `{facts['command']}` on {facts['date']}: {facts['cpu']}, {report.limits.threads} threads, "
         f"{report.limits.isa}, commit {facts['commit']}. Times are medians with the 20th and 80th percentile, in the "
-        f"best of three visits; other processes took up to {report.others():.1f} cores meanwhile. What limits what: "
-        "[performance.md](performance.md).",
+        f"best of {ROUNDS} rounds over all rows; other processes took up to {report.others():.1f} cores meanwhile. "
+        "Limits are the best that was found; up to 64 rows, reach compares with what was found between the same calls. "
+        "What limits what: [performance.md](performance.md).",
         "![roofline](roofline.svg)",
     ]
     for make in (limit_rows, reach_rows, accuracy_rows, point_rows, shape_rows, not_run_rows):

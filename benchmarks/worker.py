@@ -1,19 +1,19 @@
-"""One row in one process: build the layer, check it, time it. ``python -m benchmarks.worker JOB.json RESULT.json``.
-A job with ``points`` of an earlier visit times them once more: one round a visit.
+"""One row in one process, which lives as long as its row is timed: ``python -m benchmarks.worker FD``.
 
-The result holds ``points`` (one per number of tokens; times in ms, median, 20th and 80th percentile of the best round),
-``memory`` and ``packing`` of our rows, or ``unavailable`` / ``wrong`` with the reason.
+A message is a line of JSON on standard input, an answer one on the file descriptor FD (libraries print to standard
+output). The first message is the job: row, shape, threads, seconds and the most tokens; its answer describes the layer
+that was built and checked, or says why it is ``unavailable`` or ``wrong``. Every further message asks for one round of
+a point (tokens, routing): times in ms, median, 20th and 80th percentile, or ``skipped`` with the reason.
 """
 
 from __future__ import annotations
 
-import itertools
 import json
+import os
 import statistics
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,8 +23,9 @@ from benchmarks.shapes import SHAPES, TINY, Shape, bank, make_inputs
 
 DECODE_TOKENS = 8  # up to here a call without gradients is timed too
 MEMORY_ROWS = 64  # per expert: of more, memory limits nothing
-MIN_CALLS, MAX_CALL_SECONDS = 5, 4.0
-READ_EVERY = 5e-3  # seconds of calls between two looks at what DRAM gives
+MIN_CALLS, MAX_CALL_SECONDS = 3, 4.0
+WARM_CALLS, WARM_SECONDS = 2, 0.5  # to warm up: so many calls, fewer of slow ones
+READ_EVERY, READ_AGAIN = 5e-3, 20e-3  # seconds of calls between two looks at what the machine gives; in longer calls
 
 
 def quantiles(samples: list[float]) -> tuple[float, float, float]:
@@ -37,37 +38,41 @@ def quantiles(samples: list[float]) -> tuple[float, float, float]:
 
 
 def repeat(
-    call: Callable[[int], tuple[float, ...]], seconds: float, look: Callable[[], float] | None = None
-) -> tuple[list[list[float]], list[float]]:
-    """Times of each part of ``call(i)``: two calls to warm up, then at least MIN_CALLS and about ``seconds``.
+    call: Callable[[int], tuple[float, ...]], seconds: float, look: Callable[[], dict[str, float]] | None = None
+) -> tuple[list[list[float]], dict[str, float]]:
+    """Times of each part of ``call(i)``: some to warm up, then at least MIN_CALLS and about ``seconds``.
 
-    And what ``look`` found between them: after every READ_EVERY seconds of calls, and after the last.
+    And the medians of what ``look`` found between them: after every READ_EVERY seconds of calls, and after the last, as
+    often as the time since then asks for.
     """
-    samples, found = [], []
-    stop, since = None, 0.0
+    samples: list[tuple[float, ...]] = []
+    found: list[dict[str, float]] = []
+    begin, stop, since = time.perf_counter(), None, 0.0
     for i in range(1_000_000):
         times = call(i)
-        if i < 2:
+        if stop is None:
+            warm = i + 1 >= WARM_CALLS or time.perf_counter() >= begin + WARM_SECONDS
+            stop = time.perf_counter() + seconds if warm else None
             continue
-        stop = stop or time.perf_counter() + seconds
         samples.append(times)
         since += sum(times)
         last = len(samples) >= MIN_CALLS and time.perf_counter() >= stop
         if look and (last or since >= READ_EVERY):
-            found.append(look())
+            found += [look() for _ in range(1 + int(since / READ_AGAIN))]
             since = 0.0
         if last:
             break
-    return [list(part) for part in zip(*samples, strict=True)], found
+    medians = {name: statistics.median(reading[name] for reading in found) for name in (found[0] if found else ())}
+    return [list(part) for part in zip(*samples, strict=True)], medians
 
 
-def measure(row: Any, shape: Shape, tokens: int, routing: str, seconds: float, dram: Any = None) -> dict[str, Any]:
+def measure(row: Any, shape: Shape, tokens: int, routing: str, seconds: float, beside: Any = None) -> dict[str, Any]:
     """Times of one number of tokens. Few tokens rotate over inputs, so that no weights stay in the cache.
 
-    ``*_dram``: the median of what ``dram`` finds between the calls. On a machine shared with others that changes within
-    a second, so that a median of times is only comparable with a median of what was there meanwhile.
+    ``*_peak``, ``*_dram``: up to MEMORY_ROWS, the medians of what ``beside`` (a probes.Beside) finds between the calls.
+    A median of times is only comparable with a median of what was there meanwhile; many rows are judged by the best.
     """
-    look = dram.read if dram and tokens * shape.K <= MEMORY_ROWS * shape.E else None
+    look = beside.read if beside and tokens * shape.K <= MEMORY_ROWS * shape.E else None
     batches = [make_inputs(shape, tokens, seed, routing) for seed in range(max(1, min(16, 64 // tokens)))]
     active = statistics.mean(len(ids.unique()) for _, ids, _, _ in batches)
 
@@ -94,28 +99,8 @@ def measure(row: Any, shape: Shape, tokens: int, routing: str, seconds: float, d
     point: dict[str, Any] = dict(tokens=tokens, routing=routing, active=active, rows=tokens * shape.K / active)
     for name, (samples, given) in parts.items():
         point |= dict(zip((f"{name}_ms", f"{name}_p20", f"{name}_p80"), quantiles(samples), strict=True))
-        if given:
-            point[f"{name}_dram"] = statistics.median(given)
+        point |= {f"{name}_{limit}": value for limit, value in given.items()}
     return point | dict(calls=len(parts["fwd"][0]), others=others.cores)
-
-
-def better(point: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
-    """Of every part the round with the lower median."""
-    best = dict(point, calls=point["calls"] + other["calls"], others=max(point["others"], other["others"]))
-    for part in ("fwd", "bwd", "infer"):
-        if f"{part}_ms" in other and other[f"{part}_ms"] < point[f"{part}_ms"]:
-            best |= {key: value for key, value in other.items() if key.startswith(f"{part}_")}
-    return best
-
-
-def measure_again(
-    row: Any, shape: Shape, points: list[dict[str, Any]], seconds: float, dram: Any = None
-) -> list[dict[str, Any]]:
-    """One more round over the points that have times; of every part the better one is kept."""
-    return [
-        p if "skipped" in p else better(p, measure(row, shape, p["tokens"], p["routing"], seconds, dram))
-        for p in points
-    ]
 
 
 def make_row(job: dict[str, Any], shape: Shape) -> Any:
@@ -167,52 +152,59 @@ def memory(row: Any, shape: Shape, tokens: int, before: float) -> dict[str, floa
     )
 
 
-def probe(row: Any) -> Any:
-    """What reads memory beside our rows; it holds memory itself, so it comes after the row's was measured."""
-    return row.dram() if hasattr(row, "dram") else None
+class Layer:
+    """The row of a job, built and found right for three tokens, and what it answers."""
 
+    def __init__(self, job: dict[str, Any]) -> None:
+        self.shape, self.seconds = SHAPES[job["shape"]], job["seconds"]
+        torch.set_num_threads(job["threads"])
+        before = memory_before(job)
+        self.row = make_row(job, self.shape)
+        bank.cache_clear()
+        self.answer: dict[str, Any] = dict(weights_mib=self.row.weight_bytes / 2**20)
+        if hasattr(self.row, "pack_seconds"):
+            source = 2 * self.shape.expert_values * self.shape.E / 1e9 / job["threads"]
+            rate = source / self.row.pack_seconds
+            self.answer["packing"] = dict(seconds=self.row.pack_seconds, gb_per_s_per_thread=rate)
+            self.answer["memory"] = memory(self.row, self.shape, job["most_tokens"], before)
+        self.beside = self.row.beside() if hasattr(self.row, "beside") else None  # holds memory: after the row's
+        self.expected = check.evaluate(self.row, self.shape)
+        check.check(self.row, self.shape, self.expected, 3, "balanced")
+        self.errors: dict[tuple[int, str], float] = {}  # of every point that was checked
+        self.call_seconds = 0.0
 
-def run(job: dict[str, Any]) -> dict[str, Any]:
-    """All that ``job`` asks for: row, shape, threads, seconds; tokens (list) and routings, or ``points``."""
-    shape = SHAPES[job["shape"]]
-    torch.set_num_threads(job["threads"])
-    result: dict[str, Any] = dict(row=job["row"], shape=job["shape"], threads=job["threads"], points=[])
-    before = memory_before(job)
-    row = make_row(job, shape)
-    bank.cache_clear()
-    if "points" in job:
-        return result | dict(points=measure_again(row, shape, job["points"], job["seconds"], probe(row)))
-    result["weights_mib"] = row.weight_bytes / 2**20
-    if hasattr(row, "pack_seconds"):
-        source = 2 * shape.expert_values * shape.E / 1e9 / job["threads"]
-        result["packing"] = dict(seconds=row.pack_seconds, gb_per_s_per_thread=source / row.pack_seconds)
-        result["memory"] = memory(row, shape, max(job["tokens"]), before)
-    expected, dram = check.evaluate(row, shape), probe(row)
-    check.check(row, shape, expected, 3, "balanced")
-    call_seconds = 0.0
-    for tokens, routing in itertools.product(job["tokens"], job["routings"]):
-        if call_seconds <= MAX_CALL_SECONDS:
+    def point(self, tokens: int, routing: str) -> dict[str, Any]:
+        """One round; what is asked for the first time is compared with float32 before it is timed."""
+        key = tokens, routing
+        if key not in self.errors and self.call_seconds <= MAX_CALL_SECONDS:
             start = time.perf_counter()
-            off = check.check(row, shape, expected, tokens, routing)
-            call_seconds = time.perf_counter() - start
-        if call_seconds <= MAX_CALL_SECONDS:
-            point = measure(row, shape, tokens, routing, job["seconds"], dram) | dict(error=off)
-        else:
-            point = dict(tokens=tokens, routing=routing, skipped=f"forward and backward took {call_seconds:.0f} s")
-        result["points"].append(point)
-    return result
+            error = check.check(self.row, self.shape, self.expected, tokens, routing)
+            self.call_seconds = time.perf_counter() - start
+            if self.call_seconds <= MAX_CALL_SECONDS:
+                self.errors[key] = error
+        if key not in self.errors:
+            skipped = f"forward and backward took {self.call_seconds:.0f} s"
+            return dict(tokens=tokens, routing=routing, skipped=skipped)
+        point = measure(self.row, self.shape, tokens, routing, self.seconds, self.beside)
+        return point | dict(error=self.errors[key])
 
 
 def main() -> None:
-    job_file, result_file = map(Path, sys.argv[1:])
-    job = json.loads(job_file.read_text())
-    try:
-        result = run(job)
-    except check.WrongResult as wrong:
-        result = dict(row=job["row"], shape=job["shape"], wrong=str(wrong))
-    except (check.Unavailable, ImportError) as error:
-        result = dict(row=job["row"], shape=job["shape"], unavailable=str(error))
-    result_file.write_text(json.dumps(result))
+    layer = None
+    with os.fdopen(int(sys.argv[1]), "w") as answers:
+        for line in sys.stdin:
+            message = json.loads(line)
+            try:
+                if layer is None:
+                    layer = Layer(message)
+                    answer = layer.answer
+                else:
+                    answer = layer.point(message["tokens"], message["routing"])
+            except check.WrongResult as wrong:
+                answer = dict(wrong=str(wrong))
+            except (check.Unavailable, ImportError) as error:
+                answer = dict(unavailable=str(error))
+            print(json.dumps(answer), file=answers, flush=True)
 
 
 if __name__ == "__main__":

@@ -30,6 +30,14 @@ def test_a_probe_reads_with_the_threads_that_it_was_made_for():
         native.set_num_threads(threads)
 
 
+@pytest.mark.parametrize("int8", [False, True])
+def test_what_the_machine_gives_beside_a_measurement(isa, int8):
+    if int8 and not native.computes_int8():
+        pytest.skip(f"{isa} has no int8 products")
+    found = probes.Beside(int8).read()
+    assert 0.01 < found["dram"] < 1e4 and (isa == "amx_model" or 1e-3 < found["peak"] < 1e3)
+
+
 def test_of_two_measurements_the_higher_limit_counts():
     first = probes.Limits(isa="a", threads=2, peaks=dict(a=1.0, b=3.0), int8_peaks={}, l2=5.0, dram=2.0, dram_4k=1.0)
     second = probes.Limits(isa="a", threads=2, peaks=dict(a=2.0, b=1.0), int8_peaks={}, l2=4.0, dram=3.0, dram_4k=1.0)

@@ -88,11 +88,13 @@ def test_few_rows_are_judged_by_the_lower_of_the_two_roofs():
     assert verdicts([row("bf16", point(256, 0.57))], reach.few_rows_lines)["16 rows, bf16"][0] is True
 
 
-def test_memory_counts_as_it_was_beside_the_measurement():
+def test_limits_count_as_they_were_beside_the_measurement():
     beside = point(1, 0.1, infer_ms=0.93) | dict(infer_dram=60.0)
     assert verdicts([row("int8", beside)], reach.decode_lines)["T = 1, int8"][0] is False
     few = point(256, 0.5) | dict(fwd_dram=40.0)
     assert verdicts([row("bf16", few)], reach.few_rows_lines)["16 rows, bf16"][0] is True
+    slow = point(1024, 0.5) | dict(fwd_peak=0.7, fwd_dram=50.0)
+    assert verdicts([row("bf16", slow)], reach.few_rows_lines)["64 rows, bf16"] == (True, "71% (0.50 of 0.70 TFLOP/s)")
 
 
 def test_every_instruction_set_is_judged_by_its_own_peak():

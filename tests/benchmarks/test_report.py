@@ -61,28 +61,6 @@ def test_the_plot_is_an_svg_that_names_its_curves(report, tmp_path):
         assert expected in text
 
 
-def test_the_better_of_two_runs_wins_point_by_point():
-    slow, fast = point(1, 0.1), point(1, 0.2)
-    first = row("int8", slow, point(64, 0.3)) | dict(threads=2)
-    second = row("int8", fast, point(64, 0.1)) | dict(threads=1)
-    assert [p["threads"] for p in bench.better(first, second)["points"]] == [1, 2]
-    failed = dict(row="int8", shape="A", unavailable="x")
-    assert bench.better(failed, second) is second and bench.better(first, failed) is first
-
-
-def test_a_worker_that_dies_is_a_reason():
-    result = bench.run_job(
-        dict(row="no such row", shape="tiny", tokens=[1], routings=["balanced"], threads=1, seconds=0.0)
-    )
-    assert "row: expected a name like int8" in result["unavailable"]
-
-
-def test_kt_kernel_without_its_environment_is_a_reason(monkeypatch):
-    monkeypatch.delenv(bench.PEER_PYTHON, raising=False)
-    result = bench.run_kt(dict(row="kt int8", shape="A", threads=2))
-    assert result["unavailable"] == "KT_SFT_PEER_PYTHON is not set"
-
-
 def test_reasons_end_up_in_the_table(report):
     lonely = replace(report, results=[dict(row="int8", shape="A", isa="avx512_bf16", wrong="output differs")])
     assert not_run_rows(lonely)[2] == [["int8, shape A, avx512_bf16", "output differs"]]

@@ -1,12 +1,8 @@
 """Every row that can run here computes the layer, and the gate refuses one that does not."""
 
-import copy
-import json
-
 import pytest
 import torch
 
-from benchmarks import __main__ as main
 from benchmarks import check, worker
 from benchmarks.check import Unavailable, WrongResult
 from benchmarks.ours import Ours, parse
@@ -22,58 +18,36 @@ def _poisoned_memory():
     """The peers' own memory is not ours to poison."""
 
 
-def run(row, tmp_path, monkeypatch, tokens=(1, 16)):
-    job = dict(row=row, shape="tiny", tokens=list(tokens), routings=["balanced", "zipf"], threads=1, seconds=0.0)
-    files = [tmp_path / "job.json", tmp_path / "result.json"]
-    files[0].write_text(json.dumps(job))
-    monkeypatch.setattr("sys.argv", ["worker", *map(str, files)])
-    worker.main()
-    return json.loads(files[1].read_text())
+JOB = dict(shape="tiny", threads=1, seconds=0.0, most_tokens=16)
+
+
+@pytest.fixture
+def one_thread():
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.mark.parametrize("row", ["bf16", "int8", "int4", "int8+lora4", "int8*int8+grad8", *TORCH_PEERS])
-def test_a_row_is_checked_and_timed(row, tmp_path, monkeypatch):
-    threads = torch.get_num_threads()
-    try:
-        result = run(row, tmp_path, monkeypatch)
-    finally:
-        torch.set_num_threads(threads)
-    assert [(p["tokens"], p["routing"]) for p in result["points"]] == [
-        (1, "balanced"), (1, "zipf"), (16, "balanced"), (16, "zipf"),
-    ]  # fmt: skip
-    for p in result["points"]:
+def test_a_row_is_checked_and_timed(row, one_thread):
+    isa = native.isa()
+    layer = worker.Layer(JOB | dict(row=row))
+    for tokens, routing in ((1, "balanced"), (1, "zipf"), (16, "balanced"), (16, "zipf"), (1, "zipf")):
+        p = layer.point(tokens, routing)
+        assert (p["tokens"], p["routing"]) == (tokens, routing)
         assert 0 < p["fwd_p20"] <= p["fwd_ms"] <= p["fwd_p80"] and p["bwd_ms"] > 0 and 0 < p["error"] < 0.06
-        assert ("fwd_dram" in p) == (row not in TORCH_PEERS) and p.get("infer_dram", 1) > 0
-    assert ("memory" in result) == (row not in TORCH_PEERS)
+        for limit in ("fwd_dram", "fwd_peak"):
+            assert (limit in p) == (row not in TORCH_PEERS and (limit, isa) != ("fwd_peak", "amx_model"))
+        assert all(p[name] > 0 for name in p if name.endswith(("_dram", "_peak")))
+    assert ("memory" in layer.answer) == (row not in TORCH_PEERS)
 
 
-def test_a_second_visit_keeps_the_better_times(tmp_path, monkeypatch):
-    first = run("int8", tmp_path, monkeypatch)["points"]
-    first[0] |= dict(fwd_ms=1e-9, bwd_ms=1e9)
-    first[1] = dict(tokens=first[1]["tokens"], routing=first[1]["routing"], skipped="it took too long")
-    job = json.loads((tmp_path / "job.json").read_text()) | dict(points=copy.deepcopy(first))
-    again = worker.run(job)["points"]
-    assert again[0]["fwd_ms"] == 1e-9 and 0 < again[0]["bwd_ms"] < 1e9 and again[0]["calls"] > first[0]["calls"]
-    assert again[1] == first[1]
-    assert [(p["tokens"], p["routing"]) for p in again] == [(p["tokens"], p["routing"]) for p in first]
-
-
-def test_a_second_visit_keeps_the_threads_of_a_point(monkeypatch):
-    jobs = []
-
-    def run_job(job, python):
-        jobs.append(job)
-        if job["threads"] == 1:
-            return dict(row=job["row"], unavailable="took over 600 s")
-        return dict(points=[p | dict(fwd_ms=1.0) for p in job["points"]])
-
-    monkeypatch.setattr(main, "run_job", run_job)
-    points = [dict(tokens=1, threads=1, fwd_ms=2.0), dict(tokens=8, threads=2, fwd_ms=3.0)]
-    result = dict(points=list(points))
-    answers = list(main.visit_again(dict(row="int8", threads=2), result))
-    assert [(j["threads"], [p["tokens"] for p in j["points"]]) for j in jobs] == [(1, [1]), (2, [8])]
-    assert result["points"] == [points[0], dict(tokens=8, threads=2, fwd_ms=1.0)]
-    assert answers[0]["unavailable"] == "took over 600 s"
+def test_what_takes_too_long_once_is_skipped_and_the_rest_goes_on(one_thread, monkeypatch):
+    layer = worker.Layer(JOB | dict(row="int8"))
+    layer.point(1, "balanced")
+    monkeypatch.setattr(worker, "MAX_CALL_SECONDS", -1.0)
+    assert layer.point(16, "balanced")["skipped"].startswith("forward and backward took")
+    assert layer.point(1, "balanced")["fwd_ms"] > 0
 
 
 class Broken(Ours):
@@ -106,10 +80,11 @@ def test_wrong_results_have_no_times(what, tokens, message):
     assert check.check(row, TINY, expected, tokens, "balanced") < 0.02
 
 
-def test_a_wrong_row_reports_its_reason_instead_of_times(tmp_path, monkeypatch):
+def test_a_wrong_row_has_no_layer(one_thread, monkeypatch):
     monkeypatch.setattr("benchmarks.ours.Ours", Broken)
-    result = run("int8", tmp_path, monkeypatch)
-    assert "points" not in result and "differs from float32" in result["wrong"]
+    layer = worker.Layer(JOB | dict(row="int8"))  # right for three tokens
+    with pytest.raises(WrongResult, match="differs from float32"):
+        layer.point(16, "balanced")
 
 
 def test_names_of_rows():
@@ -157,28 +132,20 @@ def test_weights_are_the_same_on_every_call_and_differ_between_experts():
     assert gate.float().std().item() == pytest.approx(TINY.D**-0.5, rel=0.05)
 
 
-def test_times_of_repeated_calls():
+def test_times_of_repeated_calls(monkeypatch):
     parts, found = worker.repeat(lambda i: (float(i), 1.0), seconds=0.0)
-    assert parts == [[2.0, 3.0, 4.0, 5.0, 6.0], [1.0] * 5] and not found  # two calls to warm up
+    assert parts == [[2.0, 3.0, 4.0], [1.0] * 3] and not found  # two calls to warm up
+    monkeypatch.setattr(worker, "WARM_SECONDS", 0.0)
+    parts, _ = worker.repeat(lambda i: (float(i), 1.0), seconds=0.0)
+    assert parts[0] == [1.0, 2.0, 3.0]  # slow ones are warm after one
     median, p20, p80 = worker.quantiles([0.001 * i for i in range(11)])
     assert (median, p20, p80) == pytest.approx((5.0, 2.0, 8.0))
 
 
-def test_memory_is_looked_at_between_the_calls():
+def test_limits_are_looked_at_between_the_calls():
     looks = iter(range(100))
-    parts, found = worker.repeat(lambda i: (0.6 * worker.READ_EVERY,), 0.0, lambda: float(next(looks)))
-    assert len(parts[0]) == 5 and found == [0.0, 1.0, 2.0]  # after two, four and the last
-    _, found = worker.repeat(lambda i: (2 * worker.READ_EVERY,), 0.0, lambda: 7.0)
-    assert found == [7.0] * 5
-
-
-def test_the_better_round_of_every_part_counts():
-    def point(fwd, bwd, **others):
-        names = ("ms", "p20", "p80", "dram")
-        times = {f"{part}_{v}": t for part, ts in (("fwd", fwd), ("bwd", bwd)) for v, t in zip(names, ts, strict=True)}
-        return times | others
-
-    first = point((5, 4, 6, 40), (7, 6, 8, 40), calls=3, others=0.1, tokens=8)
-    second = point((4, 3, 9, 50), (8, 1, 8, 50), calls=4, others=0.3, tokens=8)
-    best = point((4, 3, 9, 50), (7, 6, 8, 40), calls=7, others=0.3, tokens=8)
-    assert worker.better(first, second) == best
+    parts, found = worker.repeat(lambda i: (0.6 * worker.READ_EVERY,), 0.0, lambda: {"dram": float(next(looks))})
+    assert len(parts[0]) == 3 and found == {"dram": 0.5} and next(looks) == 2  # after two calls and the last
+    seconds = 2.5 * worker.READ_AGAIN  # three looks after each of three calls
+    _, found = worker.repeat(lambda i: (seconds,), 0.0, lambda: {"dram": 7.0, "peak": float(next(looks))})
+    assert found == {"dram": 7.0, "peak": 7.0} and next(looks) == 12
