@@ -208,6 +208,19 @@ def test_codes_of_another_format_and_bad_scales_are_refused():
         packed.pack_codes_(0, 0, torch.zeros(64, 32, dtype=torch.uint8), planes)
 
 
+@pytest.mark.parametrize(("maker", "bad"), [
+    ("int8", "nan"), ("int8", "inf"), ("q8_0", "nan"), ("q8_0", "-inf"), ("fp8", "nan"), ("fp8", "-inf"),
+])  # fmt: skip
+def test_scales_of_every_type_have_to_be_finite(maker, bad):
+    weight = MAKERS[maker](64, 64)
+    packed = PackedExperts.empty(1, 64, 64, (format_of(weight),) * 3)
+    weight.scales[-1, -1] = torch.finfo(weight.scales.dtype).max
+    pack(packed, 0, 0, weight)
+    weight.scales[-1, -1] = float(bad)
+    with pytest.raises(ValueError, match="scales: expected finite values, got NaN or Inf"):
+        pack(packed, 0, 0, weight)
+
+
 def test_int4_of_the_quantiser_is_the_same_packed_either_way():
     w = torch.randn(64, 96)
     values, scales = quantize(w, "int4", 32)
