@@ -2,9 +2,10 @@
 
 Order: tests of the kernels (no report if one fails), limits, our rows and the peers' on the layer of Qwen3-30B-A3B,
 every other instruction set, other published layers, accuracy, reach. Every row is a process of its own and is compared
-with float32 before it is timed. Writes benchmarks/results/*.csv, docs/measurements.md and docs/roofline.svg.
+with float32 before it is timed; rows take turns, point by point. Writes benchmarks/results/*.csv, docs/measurements.md
+and docs/roofline.svg.
 
-    python -m benchmarks --quick                              # three minutes, writes nothing
+    python -m benchmarks --quick                              # six minutes, writes nothing
     python -m benchmarks --rows int8,int8+lora16 --tokens 1,2048
     KT_SFT_PEER_PYTHON=VENV/bin/python python -m benchmarks   # with kt-kernel: see benchmarks/kt_kernel_peer.py
 """
@@ -25,7 +26,7 @@ from rich.progress import track
 from benchmarks import accuracy, machine, mapping, overhead, plot, probes, reach
 from benchmarks.report import TABLES, Report, limit_rows, markdown, rich_table, write_csv
 from benchmarks.shapes import ROUTINGS
-from benchmarks.visits import ROUNDS, Row, groups, points_of, results, rounds
+from benchmarks.visits import QUICK_TURNS, ROUNDS, Row, groups, points_of, results, rounds
 from kt_sft import native
 
 OURS = ["bf16", "int8", "int4", "fp8", "mxfp4", "int8*int8", "int8*int8+grad8"]
@@ -75,7 +76,10 @@ def run_rows(args: argparse.Namespace, console: Console) -> list[dict[str, Any]]
     """All results; stops at the first of our rows that is wrong."""
     found = []
     for rows in groups(list(jobs(args)), start):
-        total, names = args.rounds * len(points_of(rows)) * len(rows), ", ".join(row.job["row"] for row in rows)
+        total, names = (
+            args.rounds * QUICK_TURNS * len(points_of(rows)) * len(rows),
+            ", ".join(row.job["row"] for row in rows),
+        )
         for row in track(rounds(rows, args.rounds), f"in turn: {names}", total, console=console, transient=True):
             if "wrong" in row.result and not row.job["row"].startswith(("kt ", "torch ", "onednn ")):
                 raise SystemExit(
@@ -118,7 +122,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--rows", help="comma-separated; writes nothing")
     parser.add_argument("--tokens", help="comma-separated; writes nothing")
     parser.add_argument("--threads", type=int, default=native.num_threads())
-    parser.add_argument("--seconds", type=float, help="per point (default: 0.6; quick: 0.3)")
+    parser.add_argument("--seconds", type=float, help="per point (default: 0.4; quick: 0.3)")
     args = parser.parse_args()
     args.whole = not (args.quick or args.rows or args.tokens)
     quick_rows = ["bf16", "int8", "int4", "int8*int8", "int8*int8+grad8", "int8+lora16"]
@@ -128,7 +132,7 @@ def parse_args() -> argparse.Namespace:
     quick_tokens = [1, 8, 256, 2048]
     args.tokens = [int(t) for t in args.tokens.split(",")] if args.tokens else quick_tokens if args.quick else TOKENS
     args.layers = list(LAYERS) if args.whole else ["olmoe"] if args.quick else []
-    args.seconds = args.seconds or (0.3 if args.quick else 0.6)
+    args.seconds = args.seconds or (0.3 if args.quick else 0.4)
     args.rounds = 2 if args.quick else ROUNDS
     return args
 

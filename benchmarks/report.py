@@ -13,7 +13,7 @@ from benchmarks.accuracy import Accuracy, cell
 from benchmarks.probes import Limits
 from benchmarks.reach import Line, tflops
 from benchmarks.shapes import SHAPES
-from benchmarks.visits import ROUNDS
+from benchmarks.visits import QUICK, QUICK_TURNS, ROUNDS
 
 TIMES = [f"{part}_{q}" for part in ("fwd", "bwd", "infer") for q in ("p20", "ms", "p80", "peak", "dram")]
 FIELDS = ["shape", "row", "isa", "threads", "routing", "tokens", "rows", "active", *TIMES, "fwd_tflops", "bwd_tflops"]
@@ -127,7 +127,8 @@ def markdown(report: Report) -> str:
         "# Measurements",
         f"Written by `{facts['command']}` on {facts['date']}: {facts['cpu']}, {report.limits.threads} threads, "
         f"{report.limits.isa}, commit {facts['commit']}. Times are medians with the 20th and 80th percentile, in the "
-        f"best of {ROUNDS} rounds over all rows; other processes took up to {report.others():.1f} cores meanwhile. "
+        f"best of {ROUNDS} rounds over all rows ({ROUNDS * QUICK_TURNS} where one takes under {QUICK:.0f} s); other "
+        f"processes took up to {report.others():.1f} cores meanwhile. "
         "Limits are the best that was found; up to 64 rows, reach compares with what was found between the same calls. "
         "What limits what: [performance.md](performance.md).",
         "![roofline](roofline.svg)",

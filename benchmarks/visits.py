@@ -14,6 +14,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from typing import Any
@@ -24,6 +25,7 @@ from benchmarks import machine
 from kt_sft import native
 
 ROUNDS = 5
+QUICK, QUICK_TURNS = 2.0, 3  # seconds of a visit: below that a point is visited so often in every round
 TIMEOUT = 600  # seconds of one answer
 MEMORY_LEFT = 0.35  # of all: below that no further row is started beside the others
 Point = dict[str, Any]
@@ -91,6 +93,7 @@ class Row:
         self.job = dict(isa=native.isa()) | job
         self.points: dict[tuple[int, str], Point] = {}
         self.wanted = list(itertools.product(job["tokens"], job["routings"]))
+        self.seconds: dict[tuple[int, str], float] = {}  # of the last visit
         self.result = {key: self.job[key] for key in ("row", "shape", "threads", "isa")}
         self.worker: Worker | None = None
         if unavailable:
@@ -116,7 +119,9 @@ class Row:
         key = tokens, routing
         if self.worker is None or key not in self.wanted:
             return
+        start = time.perf_counter()
         point = self._ask(dict(tokens=tokens, routing=routing))
+        self.seconds[key] = time.perf_counter() - start
         if "tokens" not in point:
             self.result |= point
         elif "skipped" in point:
@@ -159,12 +164,13 @@ def points_of(rows: list[Row]) -> list[tuple[int, str]]:
 
 def rounds(rows: list[Row], number: int = ROUNDS) -> Iterator[Row]:
     """All rounds: in each every point, of every point all rows; yields the row after each. After the first round the
-    slower of two rivals is out."""
+    slower of two rivals is out. A round takes QUICK_TURNS turns, of which all but the first are of quick points."""
     points = points_of(rows)
-    for turn in range(number):
+    for turn in range(number * QUICK_TURNS):
         for key in points:
             for row in rows:
-                row.visit(*key)
+                if turn % QUICK_TURNS == 0 or row.seconds.get(key, QUICK) < QUICK:
+                    row.visit(*key)
                 yield row
         if turn == 0:
             drop_slower(rows)

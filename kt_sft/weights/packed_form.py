@@ -179,7 +179,8 @@ def _planes(weight: QuantizedWeight) -> list[Tensor]:
 
 
 def _bytes(scales: Tensor) -> Tensor:
-    return scales.contiguous().view(torch.uint8)
+    # Flat in between: a single column may be called contiguous with any stride, and would not become bytes.
+    return scales.contiguous().as_strided((scales.numel(),), (1,)).view(torch.uint8).view(len(scales), -1)
 
 
 def _require_finite(scales: Tensor) -> None:

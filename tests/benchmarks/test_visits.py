@@ -22,10 +22,11 @@ def test_a_row_lives_through_all_rounds_and_stands_still_between():
     try:
         os.waitpid(row.worker._process.pid, os.WUNTRACED)
         assert state(row.worker) == "T" and row.result["weights_mib"] > 0 and row.result["isa"] == native.isa()
-        assert [r is row for r in visits.rounds([row], 2)] == [True] * 4
+        assert [r is row for r in visits.rounds([row], 2)] == [True] * 4 * visits.QUICK_TURNS
+        assert 0 < row.seconds[1, "balanced"] < visits.QUICK
         (result,) = visits.results([row])
         assert [(p["tokens"], p["threads"]) for p in result["points"]] == [(1, 1), (16, 1)]
-        assert all(p["calls"] >= 6 and p["fwd_ms"] > 0 for p in result["points"])
+        assert all(p["calls"] >= 6 * visits.QUICK_TURNS and p["fwd_ms"] > 0 for p in result["points"])
     finally:
         row.close()
     row.visit(1, "balanced")  # nobody is there any more
@@ -80,16 +81,23 @@ class Made(Row):
     def visit(self, tokens, routing):
         if (tokens, routing) in self.wanted:
             self.asked.append(tokens)
+            self.seconds[tokens, routing] = self.ms.get("seconds", visits.QUICK)
             ms = self.ms[f"t{tokens}"]
             self.points[tokens, routing] = dict(tokens=tokens, routing=routing, fwd_ms=ms, bwd_ms=ms)
 
 
 def test_of_rivals_the_faster_goes_on_point_by_point():
     one, two = Made(1, t1=1.0, t16=5.0), Made(2, t1=2.0, t16=4.0)
-    assert len(list(visits.rounds([one, two], 3))) == 12
+    assert len(list(visits.rounds([one, two], 3))) == 12 * visits.QUICK_TURNS
     assert one.asked == [1, 16, 1, 1] and two.asked == [1, 16, 16, 16]
     (result,) = visits.results([one, two])
     assert [(p["tokens"], p["threads"], p["fwd_ms"]) for p in result["points"]] == [(1, 1, 1.0), (16, 2, 4.0)]
+
+
+def test_quick_points_are_visited_more_often():
+    quick, slow = Made(1, t1=1.0, t16=5.0, seconds=0.1), Made(1, t1=1.0, t16=5.0)
+    list(visits.rounds([quick], 2)), list(visits.rounds([slow], 2))
+    assert quick.asked == [1, 16] * 2 * visits.QUICK_TURNS and slow.asked == [1, 16] * 2
 
 
 def test_groups_end_where_memory_does_and_close_their_rows(monkeypatch):
