@@ -76,10 +76,8 @@ def run_rows(args: argparse.Namespace, console: Console) -> list[dict[str, Any]]
     """All results; stops at the first of our rows that is wrong."""
     found = []
     for rows in groups(list(jobs(args)), start):
-        total, names = (
-            args.rounds * QUICK_TURNS * len(points_of(rows)) * len(rows),
-            ", ".join(row.job["row"] for row in rows),
-        )
+        total = args.rounds * QUICK_TURNS * len(points_of(rows)) * len(rows)
+        names = ", ".join(row.job["row"] for row in rows)
         for row in track(rounds(rows, args.rounds), f"in turn: {names}", total, console=console, transient=True):
             if "wrong" in row.result and not row.job["row"].startswith(("kt ", "torch ", "onednn ")):
                 raise SystemExit(
