@@ -24,7 +24,7 @@ struct DecodeUnit {
   Vec::F32 first_scale, second_scale;
 
   DecodeUnit(const uint8_t* block, const BlockScales<R>& scales, int half, Elem* to)
-      : codes(block + half * kTileRows * Codes::kPairBytes), to(to), weights(scales, half) {
+      : codes(block + half * kTileRows * Codes::kRowBytes), to(to), weights(scales, half) {
     if constexpr (kOrdered)
       first_scale = Vec::twice_low(weights.scales[0]), second_scale = Vec::twice_high(weights.scales[0]);
   }
@@ -52,7 +52,7 @@ struct DecodeUnit {
     }
   }
   void all() const {
-    for (int p = 0; p < kPairs; ++p) pair(p);
+    each_step<kPairs, Codes::kPairsTogether>([&](int p) __attribute__((always_inline)) { pair(p); });
   }
 };
 
@@ -62,6 +62,7 @@ template <class R, Side kSide>
 class PanelDecoder {
  public:
   static constexpr bool kAny = true;
+  static constexpr int kPairsTogether = R::Codes::kPairsTogether;
   PanelDecoder(const PackedMatrix& w, const Panel& at, Ops::Elem* dst)
       : block_(kRight ? w.block(at.strip, at.q0) : w.block(at.q0, at.strip)),
         stride_(R::kBlockBytes * int64_t{kRight ? 1 : w.col_blocks()}),

@@ -40,8 +40,7 @@ inline __attribute__((always_inline)) void multiply_blocks(const uint8_t* block,
     for (int i = 0; i < lines; ++i) ask_for(ahead.at + q * ahead.stride + i * 64);
     Vec::I32 next[kStripTiles];
     R::Codes::template pairs<Vec>(codes, 0, next);
-#pragma GCC unroll 2
-    for (int p = 0; p < kPairs; ++p) {
+    each_step<kPairs, max_int(2, R::Codes::kPairsTogether)>([&](int p) __attribute__((always_inline)) {
       const Vec::I32 pairs[kStripTiles] = {next[0], next[1]};
       if (p + 1 < kPairs) R::Codes::template pairs<Vec>(codes, p + 1, next);
 #pragma GCC unroll 8
@@ -50,7 +49,7 @@ inline __attribute__((always_inline)) void multiply_blocks(const uint8_t* block,
 #pragma GCC unroll 2
         for (int half = 0; half < kStripTiles; ++half) sums[r][half] = Mac::madd(sums[r][half], pair, pairs[half]);
       }
-    }
+    });
   }
 }
 

@@ -42,14 +42,23 @@ struct BlockArgs {
   Ahead ahead;
 };
 
-// One reduction tile; each(step) is done between the steps.
-template <class Mac, int Rows, int Tiles, class Each>
+// use(step) for all steps, kTogether of them unrolled: what depends on a step's place among those is a constant.
+template <int kSteps, int kTogether, class Use>
+inline __attribute__((always_inline)) void each_step(const Use& use) {
+  static_assert(kSteps % kTogether == 0 && kTogether <= 4);
+  for (int first = 0; first < kSteps; first += kTogether)
+#pragma GCC unroll 4
+    for (int i = 0; i < kTogether; ++i) use(first + i);
+}
+
+// One reduction tile; each(step) is done between the steps, of which so many are unrolled.
+template <int kUnroll, class Mac, int Rows, int Tiles, class Each>
 inline __attribute__((always_inline)) void multiply_steps(typename Mac::Acc (&acc)[Rows][Tiles * Mac::kVecs],
                                                           const typename Mac::Elem* left,
                                                           const typename Mac::Elem* right, int64_t right_stride,
                                                           const Each& each) {
   constexpr int kV = Mac::kVecs;
-  for (int s = 0; s < Mac::kSteps; ++s) {
+  each_step<Mac::kSteps, kUnroll>([&](int s) __attribute__((always_inline)) {
     typename Mac::Right b[Tiles * kV];
 #pragma GCC unroll 4
     for (int v = 0; v < Tiles * kV; ++v)
@@ -61,7 +70,7 @@ inline __attribute__((always_inline)) void multiply_steps(typename Mac::Acc (&ac
 #pragma GCC unroll 4
       for (int v = 0; v < Tiles * kV; ++v) acc[r][v] = Mac::madd(acc[r][v], a, b[v]);
     }
-  }
+  });
 }
 
 // Decodes the next panel meanwhile.
@@ -85,11 +94,12 @@ inline void multiply_block(const typename Mac::Elem* left, const typename Mac::E
       static_assert(Mac::kSteps == kPairs);
       if (decoder.more()) {
         const auto unit = decoder.take();
-        multiply_steps<Mac, Rows, Tiles>(acc, l, r, right_stride, [&](int step) { unit.pair(step); });
+        multiply_steps<Decoder::kPairsTogether, Mac, Rows, Tiles>(
+            acc, l, r, right_stride, [&](int step) __attribute__((always_inline)) { unit.pair(step); });
         continue;
       }
     }
-    multiply_steps<Mac, Rows, Tiles>(acc, l, r, right_stride, [](int) {});
+    multiply_steps<1, Mac, Rows, Tiles>(acc, l, r, right_stride, [](int) {});
   }
   ahead.at += lines * 64, ahead.lines -= lines;
 #pragma GCC unroll 16

@@ -1,13 +1,13 @@
 // The codes of a format: what they stand for before any scale.
 //   decode        of pair p and 16 rows: two vectors of 16 floats, column 2p and column 2p + 1. `at` is where the block
-//                 holds the first row's pair 0 (kPairBytes per row and pair)
+//                 holds the first row's pair 0; kRowBytes of a row lie together, kPairsTogether of its pairs
 //   decode_pairs  the same in memory order: (n, 2p), (n, 2p + 1) of rows 0 to 7, then of rows 8 to 15; kOrdered says
 //                 that this is the cheaper one
 //   pairs         where kBf16: the codes, which bf16 holds exactly, as (2p, 2p + 1) of a block's 32 rows, over the
 //                 vectors V of an instruction set that multiplies them; `unmix` puts sums of rows into memory's order
 // Of the formats that quantize.h makes:
 //   nearest       the codes of 16 weights / scale; kSearchesScale: quantize.h looks for the scale
-//   encode        stores two vectors of 16 codes
+//   encode        stores pair p of 16 rows, from two vectors of codes; pairs come in order
 // Written over the vector vocabulary Vec; included inside the variant's namespace.
 #pragma once
 
@@ -19,7 +19,7 @@ struct InOrder {
   static void unmix(typename V::F32&, typename V::F32&) {}
 };
 
-// Codes whose pairs come as look_up_pairs and to_words give them.
+// Codes whose pairs come as to_words gives them.
 struct Mixed {
   template <class V>
   static void mix(typename V::F32& a, typename V::F32& b) {
@@ -44,25 +44,25 @@ struct Bf16Bytes {
 };
 
 struct Bf16 : InOrder {
-  static constexpr int kPairBytes = 4;
+  static constexpr int kRowBytes = 4, kPairsTogether = 1;
   static constexpr bool kOrdered = false, kBf16 = true;
   template <class V>
   static void pairs(const uint8_t* block, int p, typename V::I32 (&to)[2]) {
-    for (int half = 0; half < 2; ++half) to[half] = V::load_i32(block + (2 * p + half) * kTileRows * kPairBytes);
+    for (int half = 0; half < 2; ++half) to[half] = V::load_i32(block + (2 * p + half) * kTileRows * kRowBytes);
   }
   static void decode(const uint8_t* at, int p, Vec::F32& even, Vec::F32& odd) {
-    const auto words = Vec::load_i32(at + p * kBlock * kPairBytes);
+    const auto words = Vec::load_i32(at + p * kBlock * kRowBytes);
     even = Vec::as_f32(Vec::shift_left<16>(words));
     odd = Vec::as_f32(Vec::high_half(words));
   }
 };
 
 struct Int8 : Mixed {
-  static constexpr int kPairBytes = 2;
+  static constexpr int kRowBytes = 2, kPairsTogether = 1;
   static constexpr bool kOrdered = true, kBf16 = true;
   template <class V>
   static void pairs(const uint8_t* block, int p, typename V::I32 (&to)[2]) {
-    const auto codes = V::load_once(block + p * kBlock * kPairBytes), size = V::abs8(codes);
+    const auto codes = V::load_once(block + p * kBlock * kRowBytes), size = V::abs8(codes);
     const auto high = V::bit_xor(V::look_up7(size, kSizes.high), V::unless_sign8(size, k128));
     V::to_words(V::look_up7(size, kSizes.low), V::with_sign8(high, codes), to[0], to[1]);
   }
@@ -70,11 +70,11 @@ struct Int8 : Mixed {
   static constexpr int k128 = 0x43;  // the high byte of 128, whose low one is 0
   static constexpr Bf16Bytes kSizes{[](int i) { return static_cast<float>(i); }, k128};
   static void decode_pairs(const uint8_t* at, int p, Vec::F32& first, Vec::F32& second) {
-    first = Vec::to_f32(Vec::load_i8(at + p * kBlock * kPairBytes));
-    second = Vec::to_f32(Vec::load_i8(at + p * kBlock * kPairBytes + 16));
+    first = Vec::to_f32(Vec::load_i8(at + p * kBlock * kRowBytes));
+    second = Vec::to_f32(Vec::load_i8(at + p * kBlock * kRowBytes + 16));
   }
   static void decode(const uint8_t* at, int p, Vec::F32& even, Vec::F32& odd) {
-    const auto words = Vec::load_i16(at + p * kBlock * kPairBytes);  // sign-extended to 32 bits
+    const auto words = Vec::load_i16(at + p * kBlock * kRowBytes);  // sign-extended to 32 bits
     even = Vec::to_f32(Vec::shift_right<24>(Vec::shift_left<24>(words)));
     odd = Vec::to_f32(Vec::shift_right<8>(words));
   }
@@ -82,29 +82,30 @@ struct Int8 : Mixed {
   static Vec::I32 nearest(Vec::F32 exact) {
     return Vec::to_i32(Vec::max(Vec::min(exact, Vec::broadcast(127)), Vec::broadcast(-127)));
   }
-  static void encode(Vec::I32 even, Vec::I32 odd, uint8_t* pairs) {
-    Vec::store_low16(pairs, Vec::bit_or(Vec::bit_and(even, Vec::splat_i32(0xff)), Vec::shift_left<8>(odd)));
+  static void encode(Vec::I32 even, Vec::I32 odd, uint8_t* at, int p) {
+    Vec::store_low16(at + p * kBlock * kRowBytes,
+                     Vec::bit_or(Vec::bit_and(even, Vec::splat_i32(0xff)), Vec::shift_left<8>(odd)));
   }
 };
 
 // E4M3 (OCP 8-bit floating point specification 1.0): sign, four bits of exponent with bias 7, three of mantissa. Its
 // seven low bits, as the top of an fp32's exponent and mantissa, are the value times 2^-120, subnormals included.
 struct Fp8 : Mixed {
-  static constexpr int kPairBytes = 2;
+  static constexpr int kRowBytes = 2, kPairsTogether = 1;
   static constexpr bool kOrdered = true, kBf16 = true;
   template <class V>
   static void pairs(const uint8_t* block, int p, typename V::I32 (&to)[2]) {
-    const auto codes = V::load_once(block + p * kBlock * kPairBytes);
+    const auto codes = V::load_once(block + p * kBlock * kRowBytes);
     const auto high = V::with_sign8(V::look_up7(codes, kValues.high), codes);
     V::to_words(V::look_up7(codes, kValues.low), high, to[0], to[1]);
   }
   static constexpr Bf16Bytes kValues{[](int i) { return __builtin_bit_cast(float, i << 20) * 0x1p120f; }, 0};
   static void decode_pairs(const uint8_t* at, int p, Vec::F32& first, Vec::F32& second) {
-    first = value(Vec::shift_left<20>(Vec::load_i8(at + p * kBlock * kPairBytes)));
-    second = value(Vec::shift_left<20>(Vec::load_i8(at + p * kBlock * kPairBytes + 16)));
+    first = value(Vec::shift_left<20>(Vec::load_i8(at + p * kBlock * kRowBytes)));
+    second = value(Vec::shift_left<20>(Vec::load_i8(at + p * kBlock * kRowBytes + 16)));
   }
   static void decode(const uint8_t* at, int p, Vec::F32& even, Vec::F32& odd) {
-    const auto words = Vec::load_i16(at + p * kBlock * kPairBytes);
+    const auto words = Vec::load_i16(at + p * kBlock * kRowBytes);
     even = value(Vec::shift_right<4>(Vec::shift_left<24>(words)));
     odd = value(Vec::shift_right<4>(Vec::shift_left<16>(words)));
   }
@@ -114,19 +115,25 @@ struct Fp8 : Mixed {
   }
 };
 
-// Four bits, each standing for one of 16 levels.
+// Four bits, each standing for one of 16 levels. Every word of 32 bits is a row's: four first columns of pairs in its
+// low half, their second columns in its high half, so that one shift brings a pair to where both halves are looked up.
 template <class Levels>
-struct Nibbles : Mixed {
-  static constexpr int kPairBytes = 1;
+struct Nibbles : InOrder {
+  static constexpr int kRowBytes = 4, kPairsTogether = 4;
   static constexpr bool kOrdered = false, kBf16 = true;
+  static int offset(int p) { return p / kPairsTogether * kBlock * kRowBytes; }
+  static int shift(int p) { return p % kPairsTogether * 4; }
   template <class V>
   static void pairs(const uint8_t* block, int p, typename V::I32 (&to)[2]) {
-    V::look_up_pairs(block + p * kBlock, Levels::kLevels, to[0], to[1]);
+    for (int half = 0; half < 2; ++half) {
+      const auto codes = V::load_i32(block + offset(p) + half * kTileRows * kRowBytes);
+      to[half] = V::look_up_bf16(V::shift_right_by(codes, shift(p)), Levels::kLevels);
+    }
   }
   static void decode(const uint8_t* at, int p, Vec::F32& even, Vec::F32& odd) {
-    const auto words = Vec::load_i8(at + p * kBlock);
-    even = Levels::of(words);
-    odd = Levels::of(Vec::shift_right<4>(words));
+    const auto codes = Vec::load_i32(at + offset(p));
+    even = Levels::of(Vec::shift_right_by(codes, shift(p)));
+    odd = Levels::of(Vec::shift_right_by(codes, 16 + shift(p)));
   }
 };
 
@@ -181,15 +188,16 @@ struct Iq4Nl : Nibbles<Iq4NlLevels> {
     const auto below = Vec::bits(Vec::sub(exact, Vec::look_up(cell, kLevelCells.midpoints)));  // by its sign
     return Vec::add_i32(Vec::add_i32(cell, Vec::splat_i32(1)), Vec::shift_right<31>(below));
   }
-  static void encode(Vec::I32 even, Vec::I32 odd, uint8_t* pairs) {
-    Vec::store_low8(pairs, Vec::bit_or(even, Vec::shift_left<4>(odd)));
+  static void encode(Vec::I32 even, Vec::I32 odd, uint8_t* at, int p) {
+    const auto pair = Vec::shift_left_by(Vec::bit_or(even, Vec::shift_left<16>(odd)), shift(p));
+    Vec::store_i32(at + offset(p), shift(p) == 0 ? pair : Vec::bit_or(Vec::load_i32(at + offset(p)), pair));
   }
 };
 
 // Low nibbles, then kHigh more bits of every code; value = code - kZero.
 template <int kHigh, int kZero>
 struct SplitBits {
-  static constexpr int kPairBytes = 1;
+  static constexpr int kRowBytes = 1, kPairsTogether = 1;
   static constexpr bool kOrdered = false, kBf16 = false;
   static void decode(const uint8_t* at, int p, Vec::F32& even, Vec::F32& odd) {
     constexpr int kPairsPerByte = 4 / kHigh;

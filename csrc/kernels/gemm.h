@@ -6,8 +6,8 @@
 // Included inside the variant's namespace after Ops.
 #pragma once
 
-inline int min_int(int a, int b) { return a < b ? a : b; }
-inline int max_int(int a, int b) { return a > b ? a : b; }
+constexpr int min_int(int a, int b) { return a < b ? a : b; }
+constexpr int max_int(int a, int b) { return a > b ? a : b; }
 
 #include "kernels/decode.h"
 

@@ -34,8 +34,8 @@ namespace {
 constexpr int kParts = 256 / kBlock;  // of a super-block
 
 // What is stored differs from the code + 8 that comes in: four bits of two's complement differ in the highest.
-constexpr uint8_t flipped_bits(Format format) {
-  return format == Format::int4_sym || format == Format::q4_0 ? 0x88 : 0;
+constexpr uint32_t flipped_bits(Format format) {
+  return format == Format::int4_sym || format == Format::q4_0 ? 0x88888888u : 0;
 }
 
 // The 32 codes of part j of a GGUF super-block of 256 weights (ggml-common.h of llama.cpp: block_q4_K ...).
@@ -82,12 +82,10 @@ void read_row(const PackedMatrix& m, const uint8_t* row, int kb, uint8_t* codes)
 
 // Codes of 32 rows -> the block: see panel.h.
 template <int kBits>
-void store_block(const uint8_t (*codes)[kBlock], uint8_t flip, uint8_t* block) {
+void store_block(const uint8_t (*codes)[kBlock], uint8_t* block) {
   for (int p = 0; p < kPairs; ++p)
     for (int i = 0; i < kBlock; ++i) {
-      if constexpr (kBits == 4) {
-        block[p * kBlock + i] = codes[i][p] ^ flip;
-      } else if constexpr (kBits == 8) {
+      if constexpr (kBits == 8) {
         std::memcpy(block + (p * kBlock + i) * 2, codes[i] + 2 * p, 2);
       } else {
         block[p * kBlock + i] = static_cast<uint8_t>((codes[i][2 * p] & 15) | codes[i][2 * p + 1] << 4);
@@ -104,12 +102,33 @@ void store_block(const uint8_t (*codes)[kBlock], uint8_t flip, uint8_t* block) {
   }
 }
 
+// Nibbles of pairs -> words of four first and four second columns.
+void store_nibbles(const uint8_t (*codes)[kBlock], uint32_t flip, uint8_t* block) {
+  for (int i = 0; i < kBlock; ++i)
+    for (int w = 0; w < kPairs / 4; ++w) {
+      uint32_t pairs;
+      std::memcpy(&pairs, codes[i] + 4 * w, 4);
+      pairs ^= flip;
+      const auto every_other = [](uint32_t nibbles) {
+        const uint32_t bytes = nibbles & 0x0f0f0f0f, halves = (bytes | bytes >> 4) & 0x00ff00ff;
+        return (halves | halves >> 8) & 0xffff;
+      };
+      const uint32_t word = every_other(pairs) | every_other(pairs >> 4) << 16;
+      std::memcpy(block + (w * kBlock + i) * 4, &word, 4);
+    }
+}
+
 template <int kBits>
 void pack_block(const PackedMatrix& dst, int nb, int kb, const uint8_t* codes, int64_t row_bytes) {
   uint8_t rows[kBlock][kBlock] = {};
   const int count = std::min(kBlock, dst.rows - nb * kBlock);
   for (int i = 0; i < count; ++i) read_row<kBits>(dst, codes + (int64_t{nb} * kBlock + i) * row_bytes, kb, rows[i]);
-  store_block<kBits>(rows, flipped_bits(dst.format), const_cast<uint8_t*>(dst.block(nb, kb)));
+  auto* block = const_cast<uint8_t*>(dst.block(nb, kb));
+  if constexpr (kBits == 4) {
+    store_nibbles(rows, flipped_bits(dst.format), block);
+  } else {
+    store_block<kBits>(rows, block);
+  }
 }
 
 using PackBlock = void (*)(const PackedMatrix&, int nb, int kb, const uint8_t* codes, int64_t row_bytes);

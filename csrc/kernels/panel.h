@@ -3,8 +3,10 @@
 // Packed matrix W (n rows, k columns; both padded to multiples of 32):
 //   blocks of 32 x 32, block (nb, kb) at codes + (nb * KB + kb) * block_bytes, KB = k / 32.
 //   Inside a block the unit is a pair (W[n][2p], W[n][2p+1]); pair (p, n) is number p * 32 + n.
-//     16 bits: 4 bytes (low half first)   8 bits: 2 bytes (low half first)   4 bits: 1 byte (low nibble first)
-//     5 and 6 bits: the low nibbles as above, then the high bits of a pair: 2 bits at byte [p / 4][n] from bit
+//     16 bits: 4 bytes (low half first)   8 bits: 2 bytes (low half first)
+//     4 bits: 4 bytes hold pairs 4w to 4w + 3 of a row and are number w * 32 + n; in their low half the first columns,
+//     in their high half the second ones, the lowest nibble first
+//     5 and 6 bits: 1 byte (low nibble first), then the high bits of a pair: 2 bits at byte [p / 4][n] from bit
 //     2 (p % 4), or 4 bits at byte [p / 2][n] from bit 4 (p % 2); the first column's bits first
 //   scales: block row after block row, in each the planes of its format: [group of columns][lane = 32 n, or 1].
 //   The value that enters a product, in both directions, is bf16_rne(code * scale + offset), in fp32 before; products

@@ -138,8 +138,8 @@ inline bool quantize_group(const QuantizeArgs& a, int kb0, int kb1, uint16_t* sc
   }
   each_block([&](int kb, int half, auto w) {
     const auto code = [&](int k) { return Codes::nearest(Vec::mul(Vec::load(w[k]), scale[half].inverse)); };
-    auto* pairs = const_cast<uint8_t*>(a.dst->block(a.nb, kb)) + half * kTileRows * Codes::kPairBytes;
-    for (int k = 0; k < kBlock; k += 2, pairs += kBlock * Codes::kPairBytes) Codes::encode(code(k), code(k + 1), pairs);
+    auto* to = const_cast<uint8_t*>(a.dst->block(a.nb, kb)) + half * kTileRows * Codes::kRowBytes;
+    for (int p = 0; p < kPairs; ++p) Codes::encode(code(2 * p), code(2 * p + 1), to, p);
   });
   for (int half = 0; half < kStripTiles; ++half) store_scale(scale[half], scales + half * kTileRows);
   return true;
@@ -182,11 +182,12 @@ inline bool quantize_rows(const QuantizeArgs& a, int kb0, int kb1, uint16_t* sca
       const uint16_t* rows[kTileRows];
       source_rows(a, row0, kb * kBlock, edge, rows);
       turn_pairs(rows, pairs);
-      auto* to = const_cast<uint8_t*>(a.dst->block(a.nb, kb)) + half * kTileRows * Codes::kPairBytes;
-      for (int p = 0; p < kPairs; ++p, to += kBlock * Codes::kPairBytes) {
+      auto* to = const_cast<uint8_t*>(a.dst->block(a.nb, kb)) + half * kTileRows * Codes::kRowBytes;
+      for (int p = 0; p < kPairs; ++p) {
         const auto words = Vec::load_i32(pairs + p * kTileRows);
         const auto even = Vec::as_f32(Vec::shift_left<16>(words)), odd = Vec::as_f32(Vec::high_half(words));
-        Codes::encode(Codes::nearest(Vec::mul(even, scale.inverse)), Codes::nearest(Vec::mul(odd, scale.inverse)), to);
+        const auto code = [&](Vec::F32 w) { return Codes::nearest(Vec::mul(w, scale.inverse)); };
+        Codes::encode(code(even), code(odd), to, p);
       }
     }
   }

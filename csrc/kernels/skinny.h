@@ -79,23 +79,27 @@ inline void skinny_pair(const Weights<R>& weights, const uint8_t* codes, int p, 
   }
 }
 
-// Sums of a block row: [half of its 32 rows c][row of x][two, so that one addition need not wait for the other].
+// Sums of a block row: [half of its 32 rows c][row of x][pair modulo so many, so that few additions wait for another].
 template <int Rows>
-using SkinnySums = Vec::F32[kStripTiles][Rows][2];
+constexpr int kSkinnySums = Rows <= 2 ? 4 : 2;
+template <int Rows>
+using SkinnySums = Vec::F32[kStripTiles][Rows][kSkinnySums<Rows>];
 
-// acc += the products of pairs p and p + 1 of a block; x(row, pair) points at the activations.
+// acc += the products of pairs [p, p + 4) of a block; x(row, pair) points at the activations.
 template <class R, int Rows, class X>
 inline void multiply_pairs(const uint8_t* block, int p, const X& x, SkinnySums<Rows>& acc) {
-#pragma GCC unroll 2
-  for (int odd = 0; odd < 2; ++odd) {
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
     Vec::I32 pairs[kStripTiles];
-    R::Codes::template pairs<Vec>(block, p + odd, pairs);
+    R::Codes::template pairs<Vec>(block, p + i, pairs);
 #pragma GCC unroll 4
     for (int r = 0; r < Rows; ++r) {
-      const auto pair = Mac::broadcast_left(x(r, p + odd), 0);
+      const auto pair = Mac::broadcast_left(x(r, p + i), 0);
 #pragma GCC unroll 2
-      for (int half = 0; half < kStripTiles; ++half)
-        acc[half][r][odd] = Mac::madd(acc[half][r][odd], pair, pairs[half]);
+      for (int half = 0; half < kStripTiles; ++half) {
+        auto& sum = acc[half][r][i % kSkinnySums<Rows>];
+        sum = Mac::madd(sum, pair, pairs[half]);
+      }
     }
   }
 }
@@ -103,7 +107,7 @@ inline void multiply_pairs(const uint8_t* block, int p, const X& x, SkinnySums<R
 // acc += the products of pair p of 16 rows of a block.
 template <class R, int Rows, class X>
 inline void multiply_lanes(const Weights<R>& weights, const uint8_t* codes, int p, const X& x,
-                           Vec::F32 (&acc)[Rows][2]) {
+                           Vec::F32 (&acc)[Rows][kSkinnySums<Rows>]) {
   Vec::F32 first, second;
   skinny_pair<R>(weights, codes, p, first, second);
 #pragma GCC unroll 4
@@ -122,16 +126,21 @@ inline void multiply_lanes(const Weights<R>& weights, const uint8_t* codes, int 
 // out[row][c] += scale of c times the sums.
 template <class R, int Rows>
 inline void add_sums(const SkinnySums<Rows>& acc, const BlockScales<R>& scales, float* out, int64_t ldo) {
+#pragma GCC unroll 4
   for (int r = 0; r < Rows; ++r) {
     Vec::F32 sums[kStripTiles];
+#pragma GCC unroll 2
     for (int half = 0; half < kStripTiles; ++half) {
       if constexpr (R::Codes::kOrdered && !kMultipliesPairs<R>) {
         sums[half] = Vec::add_pairs(acc[half][r][0], acc[half][r][1]);
       } else {
         sums[half] = Vec::add(acc[half][r][0], acc[half][r][1]);
+        if constexpr (kSkinnySums<Rows> == 4 && kMultipliesPairs<R>)
+          sums[half] = Vec::add(sums[half], Vec::add(acc[half][r][2], acc[half][r][3]));
       }
     }
     if constexpr (kMultipliesPairs<R>) R::Codes::template unmix<Vec>(sums[0], sums[1]);
+#pragma GCC unroll 2
     for (int half = 0; half < kStripTiles; ++half) {
       float* to = out + r * ldo + half * kTileRows;
       if constexpr (kScalesSums<R>) sums[half] = Vec::mul(sums[half], scales.scale(half, 0));
@@ -150,18 +159,24 @@ inline void skinny_forward(const PackedMatrix& w, int nb, int kb0, int blocks, c
   for (int b = 0, stop = min_int(blocks, group - kb0 % group); b < blocks; stop = min_int(blocks, stop + group)) {
     const BlockScales<R> scales(w, nb, kb0 + b);
     SkinnySums<Rows> acc;
-    for (int i = 0; i < kStripTiles * Rows * 2; ++i) acc[i / 2 / Rows][i / 2 % Rows][i % 2] = Vec::zero();
+#pragma GCC unroll 2
+    for (auto& half : acc)
+#pragma GCC unroll 4
+      for (auto& row : half)
+#pragma GCC unroll 4
+        for (auto& sum : row) sum = Vec::zero();
     for (; b < stop; ++b, block += R::kBlockBytes) {
       stream.prefetch<R::kBlockBytes>(block);
       const auto pair = [&](int row, int p) { return x.pair<R>(row, b, p); };
       if constexpr (kMultipliesPairs<R>) {
-        for (int p = 0; p < kPairs; p += 2) multiply_pairs<R, Rows>(block, p, pair, acc);
+        for (int p = 0; p < kPairs; p += 4) multiply_pairs<R, Rows>(block, p, pair, acc);
       } else {
         const Weights<R> weights[kStripTiles] = {{w, nb, kb0 + b, 0}, {w, nb, kb0 + b, 1}};
-        for (int p = 0; p < kPairs; ++p)
+        each_step<kPairs, Codes::kPairsTogether>([&](int p) __attribute__((always_inline)) {
 #pragma GCC unroll 2
           for (int half = 0; half < kStripTiles; ++half)
-            multiply_lanes<R, Rows>(weights[half], block + half * kTileRows * Codes::kPairBytes, p, pair, acc[half]);
+            multiply_lanes<R, Rows>(weights[half], block + half * kTileRows * Codes::kRowBytes, p, pair, acc[half]);
+        });
       }
     }
     add_sums<R, Rows>(acc, scales, out, ldo);
@@ -187,14 +202,14 @@ inline void skinny_backward(const PackedMatrix& w, int nb, int kb0, int blocks, 
       }
     float* to = lanes + int64_t{b} * kPairs * kVectors * kTileRows;
     const int64_t row_lanes = int64_t{blocks} * kPairs * kVectors * kTileRows;
-    for (int p = 0; p < kPairs; ++p, to += kVectors * kTileRows) {
+    each_step<kPairs, Codes::kPairsTogether>([&](int p) __attribute__((always_inline)) {
       Vec::F32 v[kStripTiles][2];
 #pragma GCC unroll 2
       for (int half = 0; half < kStripTiles; ++half)
-        skinny_pair<R>(weights[half], block + half * kTileRows * Codes::kPairBytes, p, v[half][0], v[half][1]);
+        skinny_pair<R>(weights[half], block + half * kTileRows * Codes::kRowBytes, p, v[half][0], v[half][1]);
 #pragma GCC unroll 4
       for (int r = 0; r < Rows; ++r) {
-        float* at = to + r * row_lanes;
+        float* at = to + p * kVectors * kTileRows + r * row_lanes;
         if constexpr (Codes::kOrdered) {
           Vec::F32 sum = Vec::load(at);
 #pragma GCC unroll 2
@@ -213,7 +228,7 @@ inline void skinny_backward(const PackedMatrix& w, int nb, int kb0, int blocks, 
           }
         }
       }
-    }
+    });
   }
 }
 

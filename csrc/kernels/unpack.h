@@ -7,7 +7,7 @@
 template <class R>
 inline void unpack_tile(const PackedMatrix& m, int nb, int kb, int half, float* out) {
   alignas(64) float columns[kBlock * kTileRows], turned[kTileRows * kTileRows];
-  const uint8_t* codes = m.block(nb, kb) + half * kTileRows * R::Codes::kPairBytes;
+  const uint8_t* codes = m.block(nb, kb) + half * kTileRows * R::Codes::kRowBytes;
   const Weights<R> weights(m, nb, kb, half);
   for (int p = 0; p < kPairs; ++p) {
     Vec::F32 even, odd;

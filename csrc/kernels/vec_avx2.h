@@ -27,10 +27,9 @@ struct Vec {
     return {_mm256_cvtepu8_epi32(bytes), _mm256_cvtepu8_epi32(_mm_srli_si128(bytes, 8))};
   }
   static F32 load_f16(const void* p) { return {_mm256_cvtph_ps(half(p, 0)), _mm256_cvtph_ps(half(p, 16))}; }
-  static I32 shift_right_by(I32 v, int n) {
-    const __m128i count = _mm_cvtsi32_si128(n);
-    return {_mm256_srl_epi32(v.lo, count), _mm256_srl_epi32(v.hi, count)};
-  }
+  // By any number of bits, zeros from above.
+  static I32 shift_right_by(I32 v, int n) { return {(__m256i)((__v8su)v.lo >> n), (__m256i)((__v8su)v.hi >> n)}; }
+  static I32 shift_left_by(I32 v, int n) { return {(__m256i)((__v8su)v.lo << n), (__m256i)((__v8su)v.hi << n)}; }
   template <int N>
   static I32 shift_left(I32 v) {
     return {_mm256_slli_epi32(v.lo, N), _mm256_slli_epi32(v.hi, N)};
@@ -146,11 +145,6 @@ struct Vec {
     return _mm256_permute4x64_epi64(mixed, 0xd8);  // packing works within 128-bit halves
   }
   static void store_low16(void* p, I32 v) { _mm256_storeu_si256(static_cast<__m256i*>(p), low16(v)); }
-  static void store_low8(void* p, I32 v) {
-    const __m256i words = _mm256_and_si256(low16(v), _mm256_set1_epi16(0xff));
-    const __m128i low = _mm256_castsi256_si128(words), high = _mm256_extracti128_si256(words, 1);
-    _mm_storeu_si128(static_cast<__m128i*>(p), _mm_packus_epi16(low, high));
-  }
 
   static __m256i round_half(__m256 v) {
     const __m256i bits = _mm256_castps_si256(v);

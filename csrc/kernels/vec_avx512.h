@@ -13,7 +13,9 @@ struct Vec {
   static I32 load_i8(const void* p) { return _mm512_cvtepi8_epi32(_mm_loadu_si128(static_cast<const __m128i*>(p))); }
   static I32 load_u8(const void* p) { return _mm512_cvtepu8_epi32(_mm_loadu_si128(static_cast<const __m128i*>(p))); }
   static F32 load_f16(const void* p) { return _mm512_cvtph_ps(_mm256_loadu_si256(static_cast<const __m256i*>(p))); }
-  static I32 shift_right_by(I32 v, int n) { return _mm512_srl_epi32(v, _mm_cvtsi32_si128(n)); }
+  // By any number of bits, zeros from above.
+  static I32 shift_right_by(I32 v, int n) { return (I32)((__v16su)v >> n); }
+  static I32 shift_left_by(I32 v, int n) { return (I32)((__v16su)v << n); }
   template <int N>
   static I32 shift_left(I32 v) {
     return _mm512_slli_epi32(v, N);
@@ -93,7 +95,6 @@ struct Vec {
                                     _mm512_broadcast_i64x4(_mm256_load_si256(reinterpret_cast<const __m256i*>(table))));
   }
   static void store_low16(void* p, I32 v) { _mm256_storeu_si256(static_cast<__m256i*>(p), _mm512_cvtepi32_epi16(v)); }
-  static void store_low8(void* p, I32 v) { _mm_storeu_si128(static_cast<__m128i*>(p), _mm512_cvtepi32_epi8(v)); }
 
 #ifdef __AVX512BF16__
   // 16 pairs of bf16 from their values in memory order.
@@ -104,14 +105,10 @@ struct Vec {
     __asm__("" : "+v"(v));
     return v;
   }
-  // (levels[low nibble], levels[high nibble]) of 32 bytes, as pairs of bf16: bytes 0 to 3 of every eight, then 4 to 7.
-  static void look_up_pairs(const void* bytes, const float* levels, I32& first, I32& second) {
+  // levels[the lowest four bits of every word], which bf16 holds exactly.
+  static I32 look_up_bf16(I32 v, const float* levels) {
     const __m256i half = _mm512_cvtepi32_epi16(_mm512_srli_epi32(_mm512_castps_si512(load(levels)), 16));
-    const I32 table = _mm512_broadcast_i64x4(half);  // an index is five bits: the fifth picks between two copies
-    const I32 low = _mm512_cvtepu8_epi16(_mm256_loadu_si256(static_cast<const __m256i*>(bytes)));
-    const I32 high = _mm512_srli_epi16(low, 4);
-    first = _mm512_permutexvar_epi16(_mm512_unpacklo_epi16(low, high), table);
-    second = _mm512_permutexvar_epi16(_mm512_unpackhi_epi16(low, high), table);
+    return _mm512_permutexvar_epi16(v, _mm512_broadcast_i64x4(half));  // by five bits: the fifth picks a copy
   }
   // Bytes: sizes (of -128: 0x80), table[the low seven bits] of 128, the sign bits of `from`, `byte` where none is set.
   static I32 abs8(I32 v) { return _mm512_abs_epi8(v); }
@@ -130,7 +127,7 @@ struct Vec {
     first = _mm512_unpacklo_epi8(low, high);
     second = _mm512_unpackhi_epi8(low, high);
   }
-  // From the order of look_up_pairs and to_words to that of memory.
+  // From the order of to_words to that of memory.
   static void unmix_rows(F32& a, F32& b) {
     const I32 first = _mm512_setr_epi64(0, 1, 8, 9, 2, 3, 10, 11);
     const I32 second = _mm512_setr_epi64(4, 5, 12, 13, 6, 7, 14, 15);

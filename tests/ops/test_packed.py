@@ -39,11 +39,12 @@ def _matrix_by_contract(packed: PackedExperts) -> tuple[torch.Tensor, torch.Tens
     NB, KB = -(-N // 32), -(-K // 32)
     pair_bytes = {"bf16": 4, "int8": 2, "int4": 1}[packed.weight_format]
     codes = packed.storage[: NB * KB * 512 * pair_bytes]
-    if packed.weight_format == "int4":
-        pairs = int4_values(torch.stack((codes & 15, codes >> 4), -1)).to(torch.int8)
+    if packed.weight_format == "int4":  # words of 8 nibbles: the first columns of 4 pairs, then their second ones
+        nibbles = torch.stack((codes & 15, codes >> 4), -1).view(NB, KB, 4, 32, 2, 4)
+        pairs = int4_values(nibbles.permute(0, 1, 2, 5, 3, 4)).to(torch.int8)
     else:
         pairs = codes.view({"bf16": torch.bfloat16, "int8": torch.int8}[packed.weight_format])
-    codes_NK = pairs.view(NB, KB, 16, 32, 2).permute(0, 3, 1, 2, 4).reshape(NB * 32, KB * 32)
+    codes_NK = pairs.reshape(NB, KB, 16, 32, 2).permute(0, 3, 1, 2, 4).reshape(NB * 32, KB * 32)
     nothing = 1 if packed.weight_format == "int4" else 0  # int4 has no zero: rows beyond the matrix have scale 0
     assert codes_NK[N:].eq(nothing).all() and codes_NK[:, K:].eq(nothing).all()
     if packed.weight_format == "bf16":
