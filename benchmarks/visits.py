@@ -27,7 +27,7 @@ from kt_sft import native
 ROUNDS = 5
 QUICK, QUICK_TURNS = 2.0, 3  # seconds of a visit: below that a point is visited so often in every round
 TIMEOUT = 600  # seconds of one answer
-MEMORY_LEFT = 0.5  # of all: below that no further row is started; some peers grow to twice their size in backward
+MEMORY_LEFT = 0.5  # of all: below that no further row is started beside the others, some of which still grow
 Point = dict[str, Any]
 
 
