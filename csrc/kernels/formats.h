@@ -5,14 +5,19 @@
 //                 that this is the cheaper one
 //   pairs         where kBf16: the codes, which bf16 holds exactly, as (2p, 2p + 1) of a block's 32 rows, over the
 //                 vectors V of an instruction set that multiplies them; `unmix` puts sums of rows into memory's order
+//   whole_pairs   where kWhole: the codes times kWholeUnit, whole numbers of eight bits, widened to words, as pairs
+//   whole_quads   the same as bytes, 128 too large, of 16 rows: columns 0 4 1 5 and 2 6 3 7 of eight
 // Of the formats that quantize.h makes:
 //   nearest       the codes of 16 weights / scale; kSearchesScale: quantize.h looks for the scale
 //   encode        stores pair p of 16 rows, from two vectors of codes; pairs come in order
 // Written over the vector vocabulary Vec; included inside the variant's namespace.
 #pragma once
 
+enum class Whole { none, pairs, quads };
+
 // Codes whose pairs come in memory's order.
 struct InOrder {
+  static constexpr Whole kWhole = Whole::none;
   template <class V>
   static void mix(typename V::F32&, typename V::F32&) {}
   template <class V>
@@ -21,6 +26,7 @@ struct InOrder {
 
 // Codes whose pairs come as to_words gives them.
 struct Mixed {
+  static constexpr Whole kWhole = Whole::none;
   template <class V>
   static void mix(typename V::F32& a, typename V::F32& b) {
     V::mix_rows(a, b);
@@ -65,6 +71,12 @@ struct Int8 : Mixed {
     const auto codes = V::load_once(block + p * kBlock * kRowBytes), size = V::abs8(codes);
     const auto high = V::bit_xor(V::look_up7(size, kSizes.high), V::unless_sign8(size, k128));
     V::to_words(V::look_up7(size, kSizes.low), V::with_sign8(high, codes), to[0], to[1]);
+  }
+  static constexpr Whole kWhole = Whole::pairs;
+  static constexpr float kWholeUnit = 1;
+  template <class V>
+  static void whole_pairs(const uint8_t* block, int p, typename V::I32 (&to)[2]) {
+    for (int half = 0; half < 2; ++half) to[half] = V::widen8(block + (p * kBlock + half * kTileRows) * kRowBytes);
   }
   // -128 has the size 0x80, which is looked up as 0 and, unlike that, not turned back.
   static constexpr int k128 = 0x43;  // the high byte of 128, whose low one is 0
@@ -130,6 +142,21 @@ struct Nibbles : InOrder {
       to[half] = V::look_up_bf16(V::shift_right_by(codes, shift(p)), Levels::kLevels);
     }
   }
+  static constexpr Whole kWhole = Whole::quads;
+  static constexpr float kWholeUnit = Levels::kWholeUnit;
+  struct Bytes {
+    alignas(64) uint8_t bytes[64]{};
+    constexpr Bytes() {
+      for (int i = 0; i < 64; ++i) bytes[i] = static_cast<uint8_t>(Levels::kLevels[i % 16] * kWholeUnit + 128);
+    }
+  };
+  static constexpr Bytes kBytes{};
+  template <class V>
+  static void whole_quads(const uint8_t* block, int w, int half, typename V::I32 (&to)[2]) {
+    const auto codes = V::load_i32(block + w * kBlock * kRowBytes + half * kTileRows * kRowBytes);
+    to[0] = V::look_up6(codes, kBytes.bytes);
+    to[1] = V::look_up6(V::shift_right_by(codes, 4), kBytes.bytes);
+  }
   static void decode(const uint8_t* at, int p, Vec::F32& even, Vec::F32& odd) {
     const auto codes = Vec::load_i32(at + offset(p));
     even = Levels::of(Vec::shift_right_by(codes, shift(p)));
@@ -138,18 +165,22 @@ struct Nibbles : InOrder {
 };
 
 struct SignedLevels {
+  static constexpr float kWholeUnit = 1;
   static constexpr float kLevels[16] = {0, 1, 2, 3, 4, 5, 6, 7, -8, -7, -6, -5, -4, -3, -2, -1};
   static Vec::F32 of(Vec::I32 words) { return Vec::low_nibble(words); }
 };
 struct UnsignedLevels {
+  static constexpr float kWholeUnit = 1;
   static constexpr float kLevels[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
   static Vec::F32 of(Vec::I32 words) { return Vec::to_f32(Vec::bit_and(words, Vec::splat_i32(15))); }
 };
 struct E2m1Levels {  // OCP Microscaling formats 1.0, section 5.3.3
+  static constexpr float kWholeUnit = 2;
   static constexpr float kLevels[16] = {0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0f, -0.5, -1, -1.5, -2, -3, -4, -6};
   static Vec::F32 of(Vec::I32 words) { return Vec::look_up(words, kLevels); }
 };
 struct Iq4NlLevels {  // kvalues_iq4nl in ggml-common.h of llama.cpp
+  static constexpr float kWholeUnit = 1;
   static constexpr float kLevels[16] = {-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113};
   static Vec::F32 of(Vec::I32 words) { return Vec::look_up(words, kLevels); }
 };
@@ -197,6 +228,7 @@ struct Iq4Nl : Nibbles<Iq4NlLevels> {
 // Low nibbles, then kHigh more bits of every code; value = code - kZero.
 template <int kHigh, int kZero>
 struct SplitBits {
+  static constexpr Whole kWhole = Whole::none;
   static constexpr int kRowBytes = 1, kPairsTogether = 1;
   static constexpr bool kOrdered = false, kBf16 = false;
   static void decode(const uint8_t* at, int p, Vec::F32& even, Vec::F32& odd) {

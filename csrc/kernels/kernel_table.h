@@ -24,7 +24,8 @@ struct Upcoming {
   int c0;
 };
 
-// out[m][c - c0] = sum over terms, fp32, overwritten; c0 a multiple of 32; m <= max_rows, nc <= max_cols.
+// out[m][c - c0] = sum over terms, fp32, overwritten; c0 a multiple of 32; m <= kMaxRows; nc <= kMaxCols, or
+// kFewRowsCols where m <= kSkinnyRows and the activations are left.
 struct GemmArgs {
   Side side;
   const GemmTerm* terms;

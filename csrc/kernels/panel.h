@@ -33,9 +33,10 @@ constexpr int kTileSteps = 32;      // reduction steps q of a tile
 constexpr int kTileElems = kTileRows * kTileSteps;
 constexpr int kStripTiles = kBlock / kTileRows;  // weight tiles decoded together
 constexpr int kSkinnyRows = 4;                   // activation rows up to which a product is bound by reading the codes
-constexpr int kMaxRows = 512;   // activation rows of one call: bounds the fp32 accumulators of a thread
-constexpr int kMaxCols = 128;   // output columns of one call: 512 x 128 x 4 B = 256 KiB, a share of L2
-constexpr int kPanelTiles = 8;  // reduction tiles decoded at once: 32 x 256 bf16 = 16 KiB, a third of L1
+constexpr int kMaxRows = 512;      // activation rows of one call: bounds the fp32 accumulators of a thread
+constexpr int kMaxCols = 128;      // output columns of one call: 512 x 128 x 4 B = 256 KiB, a share of L2
+constexpr int kFewRowsCols = 512;  // of up to kSkinnyRows rows forward: codes come fastest in long runs
+constexpr int kPanelTiles = 8;     // reduction tiles decoded at once: 32 x 256 bf16 = 16 KiB, a third of L1
 
 // Native int8 products: tiles of 16 rows or columns x 64 reduction steps, see gemm8.h.
 constexpr int kSteps8 = 64, kTile8Bytes = kTileRows * kSteps8;

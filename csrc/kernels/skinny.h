@@ -1,8 +1,9 @@
 // Products of a few activation rows (decoding a token, thinly used experts), which are bound by reading the codes: the
 // codes are streamed once in the order in which they lie, multiplied without being written anywhere, and scales are
-// applied to sums instead of to codes where one scale serves a block's columns. Forward products multiply bf16 pairs
-// where the instruction set does and bf16 holds the codes exactly; all others multiply fp32 lanes. Here a weight is its
-// value in fp32, not rounded to bf16. Included inside the variant's namespace after gemm.h's packing.
+// applied to sums instead of to codes where one scale serves a block's columns. Forward products multiply whole numbers
+// where codes are whole (skinny_fixed.h) or bf16 pairs where bf16 holds them exactly, if the instruction set does; all
+// others multiply fp32 lanes. Here a weight is its value in fp32, not rounded to bf16. Included inside the variant's
+// namespace after gemm.h's packing.
 #pragma once
 
 constexpr int kSkinnySteps = 4096;     // reduction steps converted at once: 4 rows x 16 KiB
@@ -38,10 +39,10 @@ inline void prefetch_ahead(const uint8_t* at) {
 struct CodeStream {
   const uint8_t *end, *next;
 
+  const uint8_t* after(const uint8_t* at) const { return at < end ? at : next + (at - end); }
   template <int Bytes>
   void prefetch(const uint8_t* block) const {
-    const uint8_t* at = block + kSkinnyAhead;
-    prefetch_ahead<Bytes>(at < end ? at : next + (at - end));
+    prefetch_ahead<Bytes>(after(block + kSkinnyAhead));
   }
 };
 
@@ -243,7 +244,7 @@ inline void skinny_fold(const float* lanes, int columns, float* out) {
   }
 }
 
-// Some reduction steps of a term, and where their sums go: out[m][kMaxCols] is added to.
+// Some reduction steps of a term, and where their sums go: out[m][kFewRowsCols] is added to.
 struct SkinnyChunk {
   const GemmArgs& g;
   const GemmTerm& term;
@@ -262,6 +263,15 @@ struct SkinnyChunk {
   }
 };
 
+#ifdef __AVX512VNNI__
+#include "kernels/skinny_fixed.h"
+#else
+template <class R, int Rows>
+constexpr bool kMultipliesFixed = false;
+template <class R, int Rows>
+inline void fixed_packed(const SkinnyChunk&, int, int) {}
+#endif
+
 template <class R, int Rows>
 inline void skinny_packed(const SkinnyChunk& c) {
   const GemmArgs& g = c.g;
@@ -269,10 +279,11 @@ inline void skinny_packed(const SkinnyChunk& c) {
   const int first = g.c0 / kBlock, strips = static_cast<int>(ceil_div(g.nc, kBlock));
   const int kb = c.q0 / kBlock, blocks = static_cast<int>(ceil_div(c.nq, kBlock));
   if (g.side == Side::left) {
+    if constexpr (kMultipliesFixed<R, Rows>) return fixed_packed<R, Rows>(c, first, strips);
     if constexpr (!kMultipliesPairs<R>) c.make_rows();
     const SkinnyInput x{static_cast<const Ops::Elem*>(c.term.act) + int64_t{kb} * kTileElems, c.rows};
     for (int s = 0; s < strips; ++s)
-      skinny_forward<R, Rows>(w, first + s, kb, blocks, x, c.stream(first + s), c.out + s * kBlock, kMaxCols);
+      skinny_forward<R, Rows>(w, first + s, kb, blocks, x, c.stream(first + s), c.out + s * kBlock, kFewRowsCols);
     return;
   }
   c.make_rows();
@@ -280,7 +291,7 @@ inline void skinny_packed(const SkinnyChunk& c) {
   __builtin_memset(c.lanes, 0, Rows * row_lanes * sizeof(float));
   for (int b = 0; b < blocks; ++b) skinny_backward<R, Rows>(w, kb + b, first, strips, c.rows + b * kBlock, c.lanes);
   for (int r = 0; r < Rows; ++r)
-    skinny_fold<R::Codes::kOrdered>(c.lanes + r * row_lanes, strips * kBlock, c.out + r * kMaxCols);
+    skinny_fold<R::Codes::kOrdered>(c.lanes + r * row_lanes, strips * kBlock, c.out + r * kFewRowsCols);
 }
 
 template <class R>
@@ -322,7 +333,7 @@ inline void skinny_dense(const GemmArgs& g, const DenseView& v, int q0, int nq, 
           sum += x[q] * value;
         }
         for (float lane : lanes) sum += lane;
-        out[r * kMaxCols + c] += sum;
+        out[r * kFewRowsCols + c] += sum;
       }
     }
     return;
@@ -331,7 +342,7 @@ inline void skinny_dense(const GemmArgs& g, const DenseView& v, int q0, int nq, 
     const Src* factor = base + row_of(v.qidx, q0 + q) * v.qs + g.c0;
     for (int r = 0; r < g.m; ++r) {
       const float x = rows[r * kSkinnySteps + q];
-      float* to = out + r * kMaxCols;
+      float* to = out + r * kFewRowsCols;
       for (int c = 0; c < g.nc; ++c) {
         float value;
         convert_exact(factor[c], value);
@@ -342,12 +353,12 @@ inline void skinny_dense(const GemmArgs& g, const DenseView& v, int q0, int nq, 
 }
 
 constexpr size_t kSkinnyScratch =
-    sizeof(float) * kSkinnyRows * (kSkinnySteps + kMaxCols + int64_t{kMaxCols} * kTileRows);
+    sizeof(float) * kSkinnyRows * (kSkinnySteps + kFewRowsCols + int64_t{kMaxCols} * kTileRows);
 
 inline void skinny_gemm(const GemmArgs& g) {
   auto* rows = static_cast<float*>(g.scratch);
-  float *out = rows + kSkinnyRows * kSkinnySteps, *lanes = out + kSkinnyRows * kMaxCols;
-  __builtin_memset(out, 0, kSkinnyRows * kMaxCols * sizeof(float));
+  float *out = rows + kSkinnyRows * kSkinnySteps, *lanes = out + kSkinnyRows * kFewRowsCols;
+  for (int r = 0; r < g.m; ++r) __builtin_memset(out + r * kFewRowsCols, 0, round_up(g.nc, kBlock) * sizeof(float));
   for (int t = 0; t < g.num_terms; ++t) {
     const GemmTerm& term = g.terms[t];
     for (int q0 = 0; q0 < term.q; q0 += kSkinnySteps) {
@@ -370,6 +381,6 @@ inline void skinny_gemm(const GemmArgs& g) {
   }
   for (int r = 0; r < g.m; ++r) {
     const int64_t row = g.transposed ? 1 : g.ldo, column = g.transposed ? g.ldo : 1;
-    for (int c = 0; c < g.nc; ++c) g.out[r * row + c * column] = out[r * kMaxCols + c];
+    for (int c = 0; c < g.nc; ++c) g.out[r * row + c * column] = out[r * kFewRowsCols + c];
   }
 }

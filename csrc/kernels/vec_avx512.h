@@ -96,6 +96,13 @@ struct Vec {
   }
   static void store_low16(void* p, I32 v) { _mm256_storeu_si256(static_cast<__m256i*>(p), _mm512_cvtepi32_epi16(v)); }
 
+#ifdef __AVX512VNNI__
+  // 32 signed bytes as words.
+  static I32 widen8(const void* p) { return _mm512_cvtepi8_epi16(_mm256_loadu_si256(static_cast<const __m256i*>(p))); }
+  // table[the lowest six bits of every byte].
+  static I32 look_up6(I32 v, const uint8_t* table) { return _mm512_permutexvar_epi8(v, load_i32(table)); }
+#endif
+
 #ifdef __AVX512BF16__
   // 16 pairs of bf16 from their values in memory order.
   static I32 to_pairs(F32 first, F32 second) { return (I32)_mm512_cvtne2ps_pbh(second, first); }

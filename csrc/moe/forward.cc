@@ -127,8 +127,10 @@ struct Forward {
       const int64_t pieces = wave.end - wave.begin;
       gate_up.prepare(plan, wave);
       save_low_rank(wave);
-      const ColumnTasks hidden_tasks =
-          plan.int8() ? ColumnTasks(plan, F, kHiddenGroup8, kHiddenGroup8, pieces) : ColumnTasks(plan, F, pieces);
+      const int most = plan.forward_columns(wave);
+      const ColumnTasks hidden_tasks = plan.int8()
+                                           ? ColumnTasks(plan, F, kHiddenGroup8, kHiddenGroup8, pieces)
+                                           : ColumnTasks(plan, F, kBlock, plan.column_step(F, pieces, most), pieces);
       parallel_for(hidden_tasks.by_node(), [&](int64_t task, int thread) {
         const ColumnTask t = hidden_tasks[task];
         ColumnTask next;
@@ -138,7 +140,7 @@ struct Forward {
         hidden_block(plan.segments[wave.begin + t.piece], t.c0, t.nc, more ? &upcoming : nullptr, plan.thread[thread]);
       });
       down_rank_products(wave);
-      const ColumnTasks out_tasks(plan, D, 1);
+      const ColumnTasks out_tasks(plan, D, kBlock, plan.column_step(D, 1, most), 1);
       parallel_for(out_tasks.by_node(), [&](int64_t task, int thread) {
         const ColumnTask t = out_tasks[task];
         combine_block(wave, t.c0, t.nc, plan.thread[thread]);

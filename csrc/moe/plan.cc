@@ -93,10 +93,17 @@ void Plan::cut() {
   }
 }
 
-int Plan::column_step(int columns, int64_t pieces) const {
-  const int64_t wanted = ceil_div(int64_t{4} * threads, std::max<int64_t>(pieces, 1));  // four tasks per thread balance
-  const int64_t step = round_up(ceil_div(columns, wanted), kBlock);
-  return static_cast<int>(std::min<int64_t>(std::max<int64_t>(step, kBlock), kMaxCols));
+int Plan::column_step(int columns, int64_t pieces, int most) const {
+  const int64_t wanted = ceil_div(int64_t{most > kMaxCols ? 2 : 4} * threads,
+                                  std::max<int64_t>(pieces, 1));  // four tasks per thread balance
+  const int64_t tasks = std::max<int64_t>(wanted, ceil_div(columns, most));
+  return static_cast<int>(std::max<int64_t>(round_up(ceil_div(columns, tasks), kBlock), kBlock));
+}
+
+int Plan::forward_columns(const Wave& wave) const {
+  const bool few =
+      std::all_of(segments + wave.begin, segments + wave.end, [](const Segment& s) { return s.rows <= kSkinnyRows; });
+  return few ? kFewRowsCols : kMaxCols;
 }
 
 ColumnTasks::ColumnTasks(const Plan& plan, int columns, int unit, int step, int64_t pieces, int turn)

@@ -52,7 +52,10 @@ struct Plan {
     return workspace.take<char>(wave_tile_limit * ceil_div(q, kTileSteps) * kernels.tile_bytes);
   }
   int64_t wave_rows() const { return wave_tile_limit * kTileRows; }
-  int column_step(int columns, int64_t pieces) const;  // columns of a task: enough tasks for all threads
+  // Columns of a task: enough tasks for all threads, and at most so many columns.
+  int column_step(int columns, int64_t pieces, int most) const;
+  // How many a forward task may have: long runs of codes where experts have few rows.
+  int forward_columns(const Wave& wave) const;
   bool int8() const { return call.compute == Compute::int8; }
   // Products of a few rows are bound by the codes and need no quantised activations.
   bool in_int8(const Segment& s) const { return int8() && s.rows > kSkinnyRows; }
@@ -74,7 +77,7 @@ struct ColumnTask {
 class ColumnTasks {
  public:
   ColumnTasks(const Plan& plan, int columns, int64_t pieces, int turn = 0)
-      : ColumnTasks(plan, columns, kBlock, plan.column_step(columns, pieces), pieces, turn) {}
+      : ColumnTasks(plan, columns, kBlock, plan.column_step(columns, pieces, kMaxCols), pieces, turn) {}
   ColumnTasks(const Plan& plan, int columns, int unit, int step, int64_t pieces, int turn = 0);
   ColumnTask operator[](int64_t task) const;
   // The task that a thread probably takes after this one, if there is one: all threads take theirs in turn.

@@ -86,6 +86,8 @@ CASES = {
     "one_row": {"T": 1, "K": 1},
     "k_is_e": {"K": 4},
     "idle_experts": {"E": 40, "T": 3},
+    "few_rows_in_wide_tasks": {"E": 3, "T": 3, "D": 1100, "F": 1300},
+    "few_rows_in_wide_tasks_int4": {"E": 3, "T": 2, "D": 1300, "F": 1100, "fmt": "int4"},
     "several_segments_and_waves": {"E": 3, "T": 3000, "D": 32, "F": 32, "K": 2},
     "fp32_hidden_states": {"dtype": torch.float32},
     "bf16_factors": {"factor_dtype": torch.bfloat16},
