@@ -14,10 +14,10 @@ template <class R, int Rows>
 constexpr bool kMultipliesFixed =
     kScalesSums<R> && (R::Codes::kWhole == Whole::pairs || (R::Codes::kWhole == Whole::quads && Rows <= 2));
 
-// What is asked for while codes are multiplied. Pairs are multiplied faster than memory delivers, and the hardware's
-// own prefetching keeps up best if it is asked for little more than what is read.
+// Bytes that prefetching runs ahead. Pairs are multiplied faster than memory delivers, and the hardware's own
+// prefetching keeps up best if it is asked for little more than what is read; quads need the latency of DRAM covered.
 template <class R>
-constexpr int kFixedAhead = R::Codes::kWhole == Whole::pairs ? 512 : kSkinnyAhead;
+constexpr int kFixedAhead = R::Codes::kWhole == Whole::pairs ? 512 : 6 << 10;
 
 // Asks for a line just here: GCC would rather ask for all lines of a block before it reads the first.
 inline void ask_here(const uint8_t* line) { __asm__ volatile("prefetcht1 %0" : : "m"(*line) : "memory"); }
