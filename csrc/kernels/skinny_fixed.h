@@ -2,9 +2,8 @@
 // row share a power of two that makes them 16 bits: those of at least 1/128 of the largest stay exact (bf16 has eight
 // significant bits), smaller ones are off by 2^-15 of it at most. Codes of eight bits are widened and multiplied in
 // pairs; codes of four are looked up as bytes and multiplied in quads, by the high and the low bytes of the
-// activations. A line of codes then takes 3 to 6 cycles, less than memory needs to deliver it.
-// https://www.intel.com/content/www/us/en/docs/intrinsics-guide (AVX512_VNNI: _mm512_dpbusd_epi32,
-// _mm512_dpwssd_epi32). Included by skinny.h.
+// activations (dot_words and dot8 of tile_ops_vnni.h). A line of codes then takes 3 to 6 cycles, less than memory needs
+// to deliver it. Included by skinny.h.
 #pragma once
 
 constexpr int kFixedBlocks = 4;  // blocks whose activations share a power of two: their sums stay below 2^31
@@ -30,48 +29,30 @@ struct FixedRow {
 };
 static_assert(sizeof(FixedRow) <= kSkinnySteps * sizeof(float));
 
-// 32 activations times a power of two, rounded to 16 bits each.
-inline __m512i fixed_words(__m512i bf16, __m512 factor) {
-  const __m512 even = Vec::as_f32(Vec::shift_left<16>(bf16)), odd = Vec::as_f32(Vec::high_half(bf16));
-  const __m512i high = Vec::shift_left<16>(Vec::to_i32(Vec::mul(odd, factor)));
-  return _mm512_mask_mov_epi16(Vec::to_i32(Vec::mul(even, factor)), 0xaaaaaaaa, high);
-}
-
-// The bytes of 8 columns as quads of columns 0 4 1 5 and 2 6 3 7: x = 256 high + low, both signed.
-inline __m512i fixed_quads(__m512i words) {
-  const __m512i order = _mm512_broadcast_i32x4(_mm_setr_epi8(1, 9, 3, 11, 0, 8, 2, 10, 5, 13, 7, 15, 4, 12, 6, 14));
-  const __m512i middle = _mm512_set1_epi16(128);
-  return _mm512_shuffle_epi8(_mm512_xor_si512(_mm512_add_epi16(words, middle), middle), order);
-}
-
-inline int largest16(__m512i words) {
-  const __m256i half = _mm256_max_epu16(_mm512_castsi512_si256(words), _mm512_extracti64x4_epi64(words, 1));
-  const __m128i quarter = _mm_max_epu16(_mm256_castsi256_si128(half), _mm256_extracti128_si256(half, 1));
-  return 0xffff ^ _mm_extract_epi16(_mm_minpos_epu16(_mm_xor_si128(quarter, _mm_set1_epi16(-1))), 0);
-}
-
 // Blocks [b0, b0 + blocks) of row r of left tiles, of which `tile` holds b0: they share a scale.
 template <class Codes>
 inline void fix_blocks(const Ops::Elem* tile, int r, int b0, int blocks, FixedRow& to) {
   constexpr int kInfinity = 0x7f80;  // bits of bf16
-  const auto block = [&](int b) { return _mm512_loadu_si512(tile + int64_t{b} * kTileElems + r * kTileSteps); };
-  __m512i sizes = _mm512_setzero_si512();
-  for (int b = 0; b < blocks; ++b)
-    sizes = _mm512_max_epu16(sizes, _mm512_and_si512(block(b), _mm512_set1_epi16(0x7fff)));
-  const int largest = largest16(sizes);
+  const auto block = [&](int b) { return Vec::load_i32(tile + int64_t{b} * kTileElems + r * kTileSteps); };
+  Vec::I32 sizes = Vec::splat_i32(0);
+  for (int b = 0; b < blocks; ++b) sizes = Vec::max16(sizes, Vec::bit_and(block(b), Vec::splat16(0x7fff)));
+  const int largest = Vec::largest16(sizes);
   // The number below 2^15 whose two bytes are signed is 32639: a significand of all ones takes the next exponent. Those
   // below 2^-112 stay there, where scales are normal numbers.
   const int exponent = max_int((largest + 1) >> 7, 15);
   const float scale = float_of(static_cast<uint32_t>(exponent - 14) << 23) / Codes::kWholeUnit;
   to.scale[b0 / kFixedBlocks] = largest < kInfinity ? scale : __builtin_nanf("");
-  const __m512 factor = Vec::broadcast(float_of(static_cast<uint32_t>(268 - exponent) << 23));  // 2^14 / 2^exponent
+  const Vec::F32 factor = Vec::broadcast(float_of(static_cast<uint32_t>(268 - exponent) << 23));  // 2^14 / 2^exponent
   for (int b = 0; b < blocks; ++b) {
-    __m512i words = fixed_words(block(b), factor);
+    const Vec::I32 pairs = block(b);
+    const auto even = Vec::to_i32(Vec::mul(Vec::as_f32(Vec::shift_left<16>(pairs)), factor));
+    const auto odd = Vec::to_i32(Vec::mul(Vec::as_f32(Vec::high_half(pairs)), factor));
+    Vec::I32 words = Vec::low_words(even, odd);
     if constexpr (Codes::kWhole == Whole::quads) {
-      to.start[b0 + b] = -128 * _mm512_reduce_add_epi32(_mm512_madd_epi16(words, _mm512_set1_epi16(1)));
-      words = fixed_quads(words);
+      to.start[b0 + b] = -128 * Vec::sum_i32(Vec::dot16(words, Vec::splat16(1)));
+      words = Vec::byte_quads(words);
     }
-    _mm512_store_si512(to.words + (b0 + b) * kPairs, words);
+    Vec::store_i32(to.words + (b0 + b) * kPairs, words);
   }
 }
 
@@ -82,12 +63,9 @@ inline void fix_rows(const Ops::Elem* tiles, int rows, int blocks, FixedRow* to)
       fix_blocks<Codes>(tiles + int64_t{b} * kTileElems, r, b, min_int(kFixedBlocks, blocks - b), to[r]);
 }
 
-// sums += pairs of words, per lane; as assembly like dot8.
-inline void dot16(__m512i& sums, __m512i a, __m512i b) { __asm__("vpdpwssd %2, %1, %0" : "+v"(sums) : "v"(a), "v"(b)); }
-
 // Whole sums of a block row: [half][row of x][pairs: those of even and of odd pairs; quads: of high and of low bytes].
 template <int Rows>
-using FixedSums = __m512i[kStripTiles][Rows][2];
+using FixedSums = Vec::I32[kStripTiles][Rows][2];
 
 // acc += the products of block b of x; ahead: what is asked for meanwhile.
 template <class R, int Rows>
@@ -97,13 +75,13 @@ inline void multiply_fixed_pairs(const uint8_t* block, const uint8_t* ahead, int
 #pragma GCC unroll 4
     for (int i = 0; i < 4; ++i) {
       ask_here(ahead + (p + i) * 64);
-      __m512i codes[kStripTiles];
+      Vec::I32 codes[kStripTiles];
       R::Codes::template whole_pairs<Vec>(block, p + i, codes);
 #pragma GCC unroll 4
       for (int r = 0; r < Rows; ++r) {
-        const __m512i pair = _mm512_set1_epi32(x[r].words[b * kPairs + p + i]);
-        dot16(acc[0][r][i % 2], codes[0], pair);
-        dot16(acc[1][r][i % 2], codes[1], pair);
+        const Vec::I32 pair = Vec::splat_i32(x[r].words[b * kPairs + p + i]);
+        dot_words(acc[0][r][i % 2], codes[0], pair);
+        dot_words(acc[1][r][i % 2], codes[1], pair);
       }
     }
   }
@@ -116,36 +94,36 @@ inline void multiply_fixed_quads(const uint8_t* block, const uint8_t* ahead, int
   for (int r = 0; r < Rows; ++r)
 #pragma GCC unroll 2
     for (int half = 0; half < kStripTiles; ++half)
-      acc[half][r][1] = _mm512_add_epi32(acc[half][r][1], _mm512_set1_epi32(x[r].start[b]));
+      acc[half][r][1] = Vec::add_i32(acc[half][r][1], Vec::splat_i32(x[r].start[b]));
 #pragma GCC unroll 4
   for (int w = 0; w < kBlock / 8; ++w)
 #pragma GCC unroll 2
     for (int half = 0; half < kStripTiles; ++half) {
       ask_here(ahead + (w * kStripTiles + half) * 64);
-      __m512i quads[2];
+      Vec::I32 quads[2];
       R::Codes::template whole_quads<Vec>(block, w, half, quads);
 #pragma GCC unroll 2
       for (int i = 0; i < 2; ++i)
 #pragma GCC unroll 4
         for (int r = 0; r < Rows; ++r) {
           const int32_t* at = x[r].words + b * kPairs + w * 4 + i * 2;
-          dot8(acc[half][r][0], quads[i], _mm512_set1_epi32(at[0]));
-          dot8(acc[half][r][1], quads[i], _mm512_set1_epi32(at[1]));
+          dot8(acc[half][r][0], quads[i], Vec::splat_i32(at[0]));
+          dot8(acc[half][r][1], quads[i], Vec::splat_i32(at[1]));
         }
     }
 }
 
 // total += whole sums * scale of a column.
 template <class R, int Rows>
-inline void add_fixed(const FixedSums<Rows>& acc, const __m512 (&scale)[kStripTiles],
-                      __m512 (&total)[kStripTiles][Rows]) {
+inline void add_fixed(const FixedSums<Rows>& acc, const Vec::F32 (&scale)[kStripTiles],
+                      Vec::F32 (&total)[kStripTiles][Rows]) {
 #pragma GCC unroll 2
   for (int half = 0; half < kStripTiles; ++half)
 #pragma GCC unroll 4
     for (int r = 0; r < Rows; ++r) {
-      __m512i first = acc[half][r][0];
+      Vec::I32 first = acc[half][r][0];
       if constexpr (R::Codes::kWhole == Whole::quads) first = Vec::shift_left<8>(first);
-      const __m512 sum = Vec::to_f32(_mm512_add_epi32(first, acc[half][r][1]));
+      const Vec::F32 sum = Vec::to_f32(Vec::add_i32(first, acc[half][r][1]));
       total[half][r] = Vec::fma(sum, scale[half], total[half][r]);
     }
 }
@@ -159,19 +137,19 @@ inline void fixed_forward(const PackedMatrix& w, int nb, int kb0, int blocks, co
   WalkingScales<R> scales(w, nb, kb0, true);
   for (int b = 0, group_end = group - kb0 % group; b < blocks;) {
     const int part = b / kFixedBlocks, end = min_int(blocks, (part + 1) * kFixedBlocks);
-    __m512 total[kStripTiles][Rows];
+    Vec::F32 total[kStripTiles][Rows];
 #pragma GCC unroll 2
     for (auto& half : total)
 #pragma GCC unroll 4
       for (auto& row : half) row = Vec::zero();
     while (b < end) {
       if (b == group_end) group_end += group;
-      const __m512 scale[kStripTiles] = {scales.scale(0, 0), scales.scale(1, 0)};
+      const Vec::F32 scale[kStripTiles] = {scales.scale(0, 0), scales.scale(1, 0)};
       FixedSums<Rows> acc;
 #pragma GCC unroll 2
       for (auto& half : acc)
 #pragma GCC unroll 4
-        for (auto& row : half) row[0] = row[1] = _mm512_setzero_si512();
+        for (auto& row : half) row[0] = row[1] = Vec::splat_i32(0);
       for (const int stop = min_int(end, group_end); b < stop; ++b, block += R::kBlockBytes, scales.next()) {
         const uint8_t* ahead = stream.after(block + kFixedAhead<R>);
         if constexpr (R::Codes::kWhole == Whole::quads) {

@@ -1,5 +1,5 @@
 // The register-blocked int8 product on VPDPBUSD: 8 rows x 32 columns of one panel, then int32 -> fp32 with both scales.
-// https://www.intel.com/content/www/us/en/docs/intrinsics-guide (AVX512_VNNI: _mm512_dpbusd_epi32)
+// https://www.intel.com/content/www/us/en/docs/intrinsics-guide (AVX512_VNNI: _mm512_dpbusd_epi32, _mm512_dpwssd_epi32)
 // Included inside the variant's namespace.
 #pragma once
 
@@ -29,6 +29,11 @@ inline void flush8(__m512i sums, float row_scale, __m512 column_scales, bool acc
 // own intrinsic from register to register in loops.
 inline void dot8(__m512i& sums, __m512i unsigned_bytes, __m512i signed_bytes) {
   __asm__("vpdpbusd %2, %1, %0" : "+v"(sums) : "v"(unsigned_bytes), "v"(signed_bytes));
+}
+
+// sums += pairs of signed words, per lane; likewise.
+inline void dot_words(__m512i& sums, __m512i a, __m512i b) {
+  __asm__("vpdpwssd %2, %1, %0" : "+v"(sums) : "v"(a), "v"(b));
 }
 
 template <int Rows>

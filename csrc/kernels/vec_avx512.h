@@ -101,6 +101,21 @@ struct Vec {
   static I32 widen8(const void* p) { return _mm512_cvtepi8_epi16(_mm256_loadu_si256(static_cast<const __m256i*>(p))); }
   // table[the lowest six bits of every byte].
   static I32 look_up6(I32 v, const uint8_t* table) { return _mm512_permutexvar_epi8(v, load_i32(table)); }
+  // The low words of all lanes, those of b above those of a.
+  static I32 low_words(I32 a, I32 b) { return _mm512_mask_mov_epi16(a, 0xaaaaaaaa, shift_left<16>(b)); }
+  // Words w of up to 32639 as 256 high + low, both signed bytes: of eight words, the high bytes of words 0 4 1 5, the
+  // low ones, then those of words 2 6 3 7.
+  static I32 byte_quads(I32 v) {
+    const I32 order = _mm512_broadcast_i32x4(_mm_setr_epi8(1, 9, 3, 11, 0, 8, 2, 10, 5, 13, 7, 15, 4, 12, 6, 14));
+    return _mm512_shuffle_epi8(bit_xor(_mm512_add_epi16(v, splat16(128)), splat16(128)), order);
+  }
+  // The largest of 32 words that are not negative; the sum of all lanes.
+  static int largest16(I32 v) {
+    const __m256i half = _mm256_max_epi16(_mm512_castsi512_si256(v), _mm512_extracti64x4_epi64(v, 1));
+    const __m128i quarter = _mm_max_epi16(_mm256_castsi256_si128(half), _mm256_extracti128_si256(half, 1));
+    return 0xffff ^ _mm_extract_epi16(_mm_minpos_epu16(_mm_xor_si128(quarter, _mm_set1_epi16(-1))), 0);
+  }
+  static int32_t sum_i32(I32 v) { return _mm512_reduce_add_epi32(v); }
 #endif
 
 #ifdef __AVX512BF16__
