@@ -72,15 +72,15 @@ struct Int8 : Mixed {
     const auto high = V::bit_xor(V::look_up7(size, kSizes.high), V::unless_sign8(size, k128));
     V::to_words(V::look_up7(size, kSizes.low), V::with_sign8(high, codes), to[0], to[1]);
   }
+  // -128 has the size 0x80, which is looked up as 0 and, unlike that, not turned back.
+  static constexpr int k128 = 0x43;  // the high byte of 128, whose low one is 0
+  static constexpr Bf16Bytes kSizes{[](int i) { return static_cast<float>(i); }, k128};
   static constexpr Whole kWhole = Whole::pairs;
   static constexpr float kWholeUnit = 1;
   template <class V>
   static void whole_pairs(const uint8_t* block, int p, typename V::I32 (&to)[2]) {
     for (int half = 0; half < 2; ++half) to[half] = V::widen8(block + (p * kBlock + half * kTileRows) * kRowBytes);
   }
-  // -128 has the size 0x80, which is looked up as 0 and, unlike that, not turned back.
-  static constexpr int k128 = 0x43;  // the high byte of 128, whose low one is 0
-  static constexpr Bf16Bytes kSizes{[](int i) { return static_cast<float>(i); }, k128};
   static void decode_pairs(const uint8_t* at, int p, Vec::F32& first, Vec::F32& second) {
     first = Vec::to_f32(Vec::load_i8(at + p * kBlock * kRowBytes));
     second = Vec::to_f32(Vec::load_i8(at + p * kBlock * kRowBytes + 16));

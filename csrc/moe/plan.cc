@@ -94,8 +94,8 @@ void Plan::cut() {
 }
 
 int Plan::column_step(int columns, int64_t pieces, int most) const {
-  const int64_t wanted = ceil_div(int64_t{most > kMaxCols ? 2 : 4} * threads,
-                                  std::max<int64_t>(pieces, 1));  // four tasks per thread balance
+  const int64_t per_thread = most > kMaxCols ? 2 : 4;  // four balance; two leave long runs of codes
+  const int64_t wanted = ceil_div(per_thread * threads, std::max<int64_t>(pieces, 1));
   const int64_t tasks = std::max<int64_t>(wanted, ceil_div(columns, most));
   return static_cast<int>(std::max<int64_t>(round_up(ceil_div(columns, tasks), kBlock), kBlock));
 }
