@@ -3,9 +3,9 @@ too, and ``+lora16`` for adapters of a rank.
 
     bf16   int8   int4   fp8   mxfp4   int8*int8   int8*int8+grad8   int8+lora16   int8*int8+grad8+lora64
 
-What every row offers, here and in the peers: ``forward(x, ids, weights, record)``, ``backward(grad_out)`` of the last
-recorded forward, ``weight_bytes``, ``tolerance`` of its results against float32, and ``expert(e)``: the weights that it
-ought to compute with.
+What every row offers, here and in the peers: ``forward(x, ids, weights, record)``, under no_grad unless it records,
+``backward(grad_out)`` of the last recorded forward, ``weight_bytes``, ``tolerance`` of its results against float32, and
+``expert(e)``: the weights that it ought to compute with.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from torch import Tensor
 
 from benchmarks import probes
 from benchmarks.check import Unavailable
-from benchmarks.shapes import Shape, expert_weights
+from benchmarks.shapes import Shape, expert_weights, watched
 from kt_sft import native
 from kt_sft.ops import ExpertsLora, PackedExperts, moe_experts
 from kt_sft.ops.layout import Layout, uniform
@@ -124,18 +124,17 @@ class Ours:
         return probes.Beside(self.row.compute == "int8")
 
     def forward(self, x: Tensor, ids: Tensor, weights: Tensor, record: bool = True) -> Tensor:
-        with torch.set_grad_enabled(record):
-            self.inputs = (x.detach().requires_grad_(record), weights.detach().requires_grad_(record))
-            self.out = moe_experts(
-                self.inputs[0],
-                ids,
-                self.inputs[1],
-                self.packed,
-                self.lora,
-                compute_type=self.row.compute,
-                gradient_compute_type=self.row.gradient_compute,
-            )
-        return self.out.detach()
+        self.inputs = watched(x, weights) if record else (x, weights)
+        self.out = moe_experts(
+            self.inputs[0],
+            ids,
+            self.inputs[1],
+            self.packed,
+            self.lora,
+            compute_type=self.row.compute,
+            gradient_compute_type=self.row.gradient_compute,
+        )
+        return self.out.detach() if record else self.out
 
     def backward(self, grad_out: Tensor) -> tuple[Tensor, Tensor]:
         """Gradients of x and the top-k weights; those of the factors stay in ``lora_grads``."""

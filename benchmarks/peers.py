@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from benchmarks.shapes import Shape, expert_weights, make_weights
+from benchmarks.shapes import Shape, expert_weights, make_weights, watched
 
 
 def by_expert(ids: Tensor, experts: int) -> Iterator[tuple[int, Tensor]]:
@@ -48,10 +48,9 @@ class Transformers:
         self.weight_bytes = sum(p.nbytes for p in self.experts.parameters())
 
     def forward(self, x: Tensor, ids: Tensor, weights: Tensor, record: bool = True) -> Tensor:
-        with torch.set_grad_enabled(record):
-            self.inputs = (x.detach().requires_grad_(record), weights.detach().requires_grad_(record))
-            self.out = self.experts(self.inputs[0], ids, self.inputs[1].to(x.dtype))
-        return self.out.detach()
+        self.inputs = watched(x, weights) if record else (x, weights)
+        self.out = self.experts(self.inputs[0], ids, self.inputs[1].to(x.dtype))
+        return self.out.detach() if record else self.out
 
     def backward(self, grad_out: Tensor) -> tuple[Tensor, Tensor]:
         grads = torch.autograd.grad(self.out, self.inputs, grad_out)

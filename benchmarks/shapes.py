@@ -119,3 +119,8 @@ def make_inputs(
     x = torch.randn(tokens, shape.D, generator=g).bfloat16()
     weights = torch.softmax(torch.randn(tokens, shape.K, generator=g), -1)
     return x, route(shape, tokens, routing, g), weights, torch.randn(tokens, shape.D, generator=g).bfloat16()
+
+
+def watched(*inputs: Tensor) -> tuple[Tensor, ...]:
+    """The same values, for autograd to follow."""
+    return tuple(value.detach().requires_grad_() for value in inputs)

@@ -94,7 +94,8 @@ def measure(row: Any, shape: Shape, tokens: int, routing: str, seconds: float, b
         times, given = repeat(step, seconds, look)
         parts = {"fwd": (times[0], given), "bwd": (times[1], given)}
         if tokens <= DECODE_TOKENS:
-            times, given = repeat(infer, seconds / 2, look)
+            with torch.no_grad():
+                times, given = repeat(infer, seconds / 2, look)
             parts["infer"] = times[0], given
     point: dict[str, Any] = dict(tokens=tokens, routing=routing, active=active, rows=tokens * shape.K / active)
     for name, (samples, given) in parts.items():

@@ -294,9 +294,16 @@ void forward(const PackedHandle& packed, const py::object& x, const py::object& 
              const py::dict& lora, const py::object& gate_up, bool int8, const py::object& out) {
   const ExpertWeights& w = packed.weights();
   const LayerCall call = layer_call(w, x, ids, weights, lora, gate_up, int8);
-  float* out_data = tensor<float>(out, "out", {Dtype::f32}, {call.tokens, w.hidden});
+  Dtype dtype;
+  void* out_data = tensor<void>(out, "out", {Dtype::f32, Dtype::bf16}, {call.tokens, w.hidden}, &dtype);
+  LayerOutput output{};
+  if (dtype == Dtype::bf16) {
+    output.bf16 = static_cast<uint16_t*>(out_data);
+  } else {
+    output.f32 = static_cast<float*>(out_data);
+  }
   py::gil_scoped_release release;
-  experts_forward(w, call, out_data);
+  experts_forward(w, call, output);
 }
 
 void backward(const PackedHandle& packed, const py::object& x, const py::object& ids, const py::object& weights,

@@ -22,7 +22,7 @@
 namespace kt_sft {
 namespace {
 
-constexpr auto kSpin = std::chrono::microseconds(50);  // longer than the gap between two loops of one layer
+constexpr auto kSpin = std::chrono::microseconds(200);  // longer than the gap between two calls of a decoding loop
 
 constexpr uint32_t kClosed = uint32_t{1} << 31;
 

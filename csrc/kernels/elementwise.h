@@ -31,8 +31,12 @@ inline uint32_t round_bits(float v) {
 }
 inline float from_bf16(uint16_t bits) { return float_of(uint32_t{bits} << 16); }
 
+// NaN stays NaN.
 inline void to_bf16_row(const float* __restrict from, int n, uint16_t* __restrict to) {
-  for (int i = 0; i < n; ++i) to[i] = static_cast<uint16_t>(round_bits(from[i]));
+  for (int i = 0; i < n; ++i) {
+    const uint32_t nan = (bits_of(from[i]) & 0x7fffffffu) > 0x7f800000u ? 0x7fc0u : 0u;
+    to[i] = static_cast<uint16_t>(round_bits(from[i]) | nan);
+  }
 }
 
 inline void add_scaled_row(const float* __restrict from, float w, int n, float* __restrict to) {

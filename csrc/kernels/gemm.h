@@ -56,11 +56,12 @@ inline void prefetch_ahead(const Src* src) {
   for (int i = 0; i < Cols; i += 64 / static_cast<int>(sizeof(Src))) __builtin_prefetch(src + kAhead + i);
 }
 
-// dst[a][b], a < Rows, b < Cols: element (a0 + a, b0 + b) of a matrix whose b runs contiguously; zeros outside na, nb.
+// dst[a][b], a < Rows, b < Cols: element (a0 + a, b0 + b) of a matrix whose b runs contiguously; zeros outside na, nb,
+// or, unless `fill`, nothing for a >= na.
 template <int Rows, int Cols, class Src>
 inline void copy_in(const Src* base, int64_t stride, const int32_t* index, int a0, int na, int b0, int nb,
-                    Ops::Elem* dst) {
-  for (int a = 0; a < Rows; ++a) {
+                    Ops::Elem* dst, bool fill) {
+  for (int a = 0; a < (fill ? Rows : na); ++a) {
     Ops::Elem* row = dst + a * Cols;
     if (a >= na || nb <= 0) {
       for (int b = 0; b < Cols; ++b) row[b] = 0;
@@ -79,11 +80,11 @@ inline void copy_in(const Src* base, int64_t stride, const int32_t* index, int a
 
 template <int Rows, int Cols>
 inline void copy_any(const DenseView& v, int64_t stride, const int32_t* index, int a0, int na, int b0, int nb,
-                     Ops::Elem* dst) {
+                     Ops::Elem* dst, bool fill = true) {
   if (v.is_float) {
-    copy_in<Rows, Cols>(static_cast<const float*>(v.base), stride, index, a0, na, b0, nb, dst);
+    copy_in<Rows, Cols>(static_cast<const float*>(v.base), stride, index, a0, na, b0, nb, dst, fill);
   } else {
-    copy_in<Rows, Cols>(static_cast<const uint16_t*>(v.base), stride, index, a0, na, b0, nb, dst);
+    copy_in<Rows, Cols>(static_cast<const uint16_t*>(v.base), stride, index, a0, na, b0, nb, dst, fill);
   }
 }
 
@@ -142,7 +143,8 @@ inline void pack_tile(const PackArgs& p, int c, int q, Ops::Elem* tile) {
   alignas(64) Ops::Elem buffer[kTileElems];
   if (p.view.qs == 1) {
     Ops::Elem* rows = p.side == Side::left ? tile : buffer;
-    copy_any<kTileRows, kTileSteps>(p.view, p.view.cs, p.view.cidx, p.c0 + c, nc, p.q0 + q, nq, rows);
+    copy_any<kTileRows, kTileSteps>(p.view, p.view.cs, p.view.cidx, p.c0 + c, nc, p.q0 + q, nq, rows,
+                                    p.whole_c || p.side == Side::right);
     if (p.side == Side::right) right_from_rows(buffer, tile);
     return;
   }

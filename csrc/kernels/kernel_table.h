@@ -42,8 +42,9 @@ struct PackArgs {
   Side side;
   DenseView view;
   int c0, nc, q0, nq;
-  void* dst;         // tile (c0, q0); the rest of the last tiles is filled with zeros
-  int64_t q_stride;  // tiles from one row of tiles to the next
+  void* dst;           // tile (c0, q0); the rest of the last tiles is filled with zeros
+  int64_t q_stride;    // tiles from one row of tiles to the next
+  bool whole_c = true;  // or rows c of left tiles beyond nc stay as they are: up to kSkinnyRows are read alone
 };
 
 // Rows [row0, row0 + rows) of a row-major matrix (view.qs == 1), columns [0, nq) from the view's base on, to int8.

@@ -90,7 +90,13 @@ struct LayerGrads {
   float* grad_weights;       // (T, K), overwritten
 };
 
-void experts_forward(const ExpertWeights& weights, const LayerCall& call, float* out);  // out (T, D), overwritten
+// (T, D), overwritten: one of the two. The sums behind bf16 lie in the workspace.
+struct LayerOutput {
+  float* f32;
+  uint16_t* bf16;
+};
+
+void experts_forward(const ExpertWeights& weights, const LayerCall& call, const LayerOutput& output);
 void experts_backward(const ExpertWeights& weights, const LayerCall& call, const LayerGrads& grads);
 
 // Stable counting sort of the T * K slots by expert, without those of id -1: counts (E), order (N) = slots t * K + k.

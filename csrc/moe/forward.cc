@@ -13,9 +13,11 @@ struct Forward {
   Int8Rows h8;                           // H, for segments computed in int8
   float* ha = nullptr;                   // (wave rows, R): s H A^T
   void* ha_tiles = nullptr;
-  float* out;
+  LayerOutput output;
+  float* out;  // (T, D): the sums
 
-  Forward(const ExpertWeights& weights, const LayerCall& call, float* out) : plan(weights, call), out(out) {}
+  Forward(const ExpertWeights& weights, const LayerCall& call, const LayerOutput& output)
+      : plan(weights, call), output(output), out(output.f32) {}
 
   void take(Workspace& workspace) {
     const Lora& lora = plan.call.lora;
@@ -27,6 +29,7 @@ struct Forward {
     if (plan.int8()) h8.take(workspace, plan.wave_tile_limit, F, kHiddenGroup8);
     ha = workspace.take<float>(plan.wave_rows() * rank);
     ha_tiles = plan.take_tiles(workspace, rank);
+    if (output.bf16 != nullptr) out = workspace.take<float>(plan.call.tokens * plan.weights.hidden);
   }
 
   // H of one column block of one segment, into tiles; G and U saved for backward.
@@ -49,7 +52,8 @@ struct Forward {
                         0,
                         nc,
                         plan.tile(h, s.tile0, f_tiles) + c0 / kTileSteps * plan.kernels.tile_bytes,
-                        f_tiles};
+                        f_tiles,
+                        s.rows > kSkinnyRows};
     if (plan.in_int8(s)) h8.quantize(plan.kernels, s.tile0, c0, pack.view, 0, s.rows, nc);
     if (!plan.in_int8(s) || (h_lora == h && call.lora.factors[kDown].rank > 0)) plan.kernels.pack(pack);
     if (h_lora == h) return;
@@ -118,10 +122,17 @@ struct Forward {
     }
   }
 
+  // The sums of these columns, which are complete, as bf16.
+  void round_block(int c0, int nc) const {
+    const int D = plan.weights.hidden;
+    for (int64_t at = c0; at < plan.call.tokens * D; at += D) plan.kernels.to_bf16(out + at, nc, output.bf16 + at);
+  }
+
   void run() {
     const int D = plan.weights.hidden, F = plan.weights.intermediate;
     plan.cut();
     std::fill_n(out, plan.call.tokens * D, 0.0f);  // no memset: out may be null without tokens
+    if (output.bf16 != nullptr && plan.num_waves == 0) round_block(0, D);
     for (int i = 0; i < plan.num_waves; ++i) {
       const Wave& wave = plan.waves[i];
       const int64_t pieces = wave.end - wave.begin;
@@ -144,6 +155,7 @@ struct Forward {
       parallel_for(out_tasks.by_node(), [&](int64_t task, int thread) {
         const ColumnTask t = out_tasks[task];
         combine_block(wave, t.c0, t.nc, plan.thread[thread]);
+        if (output.bf16 != nullptr && i + 1 == plan.num_waves) round_block(t.c0, t.nc);
       });
     }
   }
@@ -151,9 +163,9 @@ struct Forward {
 
 }  // namespace
 
-void experts_forward(const ExpertWeights& weights, const LayerCall& call, float* out) {
+void experts_forward(const ExpertWeights& weights, const LayerCall& call, const LayerOutput& output) {
   Workspace workspace;
-  Forward forward(weights, call, out);
+  Forward forward(weights, call, output);
   forward.take(workspace);
   workspace.reserve();
   forward.take(workspace);

@@ -100,11 +100,13 @@ int Plan::column_step(int columns, int64_t pieces, int most) const {
   return static_cast<int>(std::max<int64_t>(round_up(ceil_div(columns, tasks), kBlock), kBlock));
 }
 
-int Plan::forward_columns(const Wave& wave) const {
-  const bool few =
-      std::all_of(segments + wave.begin, segments + wave.end, [](const Segment& s) { return s.rows <= kSkinnyRows; });
-  return few ? kFewRowsCols : kMaxCols;
+int Plan::most_rows(const Wave& wave) const {
+  int most = 0;
+  for (int i = wave.begin; i < wave.end; ++i) most = std::max(most, segments[i].rows);
+  return most;
 }
+
+int Plan::forward_columns(const Wave& wave) const { return most_rows(wave) <= kSkinnyRows ? kFewRowsCols : kMaxCols; }
 
 ColumnTasks::ColumnTasks(const Plan& plan, int columns, int unit, int step, int64_t pieces, int turn)
     : columns_(columns),
@@ -172,24 +174,24 @@ void add_bias(const float* bias, int c0, int nc, int rows, float* to) {
 void pack_tokens(const Plan& plan, const Wave& wave, Side side, const uint16_t* matrix, int width, void* tiles,
                  bool few_rows_only) {
   constexpr int kRowsPerTask = 4 * kTileRows;
-  constexpr int kTasks = kMaxRows / kRowsPerTask;
   const int64_t q_tiles = ceil_div(width, kTileSteps);
-  parallel_for(int64_t{wave.end - wave.begin} * kTasks, [&](int64_t task, int) {
-    const Segment& s = plan.segments[wave.begin + task / kTasks];
-    const int row = static_cast<int>(task % kTasks) * kRowsPerTask;
+  const int64_t tasks = ceil_div(plan.most_rows(wave), kRowsPerTask);
+  parallel_for((wave.end - wave.begin) * tasks, [&](int64_t task, int) {
+    const Segment& s = plan.segments[wave.begin + task / tasks];
+    const int row = static_cast<int>(task % tasks) * kRowsPerTask;
     if (row >= s.rows || (few_rows_only && s.rows > kSkinnyRows)) return;
     const DenseView view{matrix, false, width, 1, plan.token + s.row0};
     plan.kernels.pack({side, view, row, std::min(kRowsPerTask, s.rows - row), 0, width,
-                       plan.tile(tiles, s.tile0 + row / kTileRows, q_tiles), q_tiles});
+                       plan.tile(tiles, s.tile0 + row / kTileRows, q_tiles), q_tiles, s.rows > kSkinnyRows});
   });
 }
 
 void quantize_tokens(const Plan& plan, const Wave& wave, const uint16_t* matrix, int width, const Int8Rows& rows,
                      int folded) {
-  constexpr int kTasks = kMaxRows / kTileRows;
-  parallel_for(int64_t{wave.end - wave.begin} * kTasks, [&](int64_t task, int) {
-    const Segment& s = plan.segments[wave.begin + task / kTasks];
-    const int tile = static_cast<int>(task % kTasks), row = tile * kTileRows;
+  const int64_t tasks = ceil_div(plan.most_rows(wave), kTileRows);
+  parallel_for((wave.end - wave.begin) * tasks, [&](int64_t task, int) {
+    const Segment& s = plan.segments[wave.begin + task / tasks];
+    const int tile = static_cast<int>(task % tasks), row = tile * kTileRows;
     if (row >= s.rows || s.rows <= kSkinnyRows) return;
     PackedMatrix weights;
     if (folded >= 0) weights = plan.weights.matrix(s.expert, static_cast<Projection>(folded));

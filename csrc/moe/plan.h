@@ -54,6 +54,7 @@ struct Plan {
   int64_t wave_rows() const { return wave_tile_limit * kTileRows; }
   // Columns of a task: enough tasks for all threads, and at most so many columns.
   int column_step(int columns, int64_t pieces, int most) const;
+  int most_rows(const Wave& wave) const;  // of a segment
   // How many a forward task may have: long runs of codes where experts have few rows.
   int forward_columns(const Wave& wave) const;
   bool int8() const { return call.compute == Compute::int8; }

@@ -131,13 +131,13 @@ class SharedKernels:
         self._layer, self._kind = layer, Kind.FORWARD if training else Kind.EVALUATION
         self._overflow_is_normal = overflow_is_normal
 
-    def forward(self, inputs: Inputs, retain: bool) -> tuple[Tensor, Kept]:
+    def forward(self, inputs: Inputs, retain: bool, dtype: torch.dtype) -> tuple[Tensor, Kept]:
         self._check_ids(inputs.ids)
         self._check_finite("hidden states", inputs.x)
         job = Job(**inputs._asdict(), retain=retain, total_experts=self._total)
         answer = self._layer.rounds.ask(Request(self._kind, self._layer.number, job))
         if answer is None:
-            out, *_ = LOCAL.forward(inputs, False)
+            out, *_ = LOCAL.forward(inputs, False, dtype)
             return out, _pack_kept(None, -1, retain)
         result, number = answer
         return result.rows[0], _pack_kept(result.kept, number, retain)

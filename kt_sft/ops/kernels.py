@@ -33,9 +33,9 @@ class Inputs(NamedTuple):
 class Kernels(Protocol):
     """What runs the passes."""
 
-    def forward(self, inputs: Inputs, retain: bool) -> tuple[Tensor, Kept]:
-        """out (T, D) fp32, and what backward wants to see again (here gate and up, (2, N, F), and what the A of their
-        adapters gave); None where nothing is retained."""
+    def forward(self, inputs: Inputs, retain: bool, dtype: torch.dtype) -> tuple[Tensor, Kept]:
+        """out (T, D) in fp32, or in the ``dtype`` that the caller turns it into, and what backward wants to see again
+        (here gate and up, (2, N, F), and what the A of their adapters gave); None where nothing is retained."""
 
     def backward(
         self, inputs: Inputs, kept: Kept, grad_out: Tensor
@@ -46,7 +46,7 @@ class Kernels(Protocol):
 class LocalKernels:
     """Every expert in this process."""
 
-    def forward(self, inputs: Inputs, retain: bool) -> tuple[Tensor, Kept]:
+    def forward(self, inputs: Inputs, retain: bool, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Kept]:
         packed, x, ids, weights, lora, int8, _ = inputs
         gate_up = low_rank = None
         if retain:
@@ -54,7 +54,8 @@ class LocalKernels:
             if rank := sum(lora[name].shape[1] for name in ("gate_a", "up_a") if name in lora):
                 low_rank = memory.recycled((ids.numel(), rank), torch.bfloat16)
                 lora = {**lora, "low_rank": low_rank}
-        out = memory.recycled(x.shape, torch.float32)
+        rounded = dtype is torch.bfloat16 and x.numel() <= _MOST_ROUNDED
+        out = memory.recycled(x.shape, torch.bfloat16 if rounded else torch.float32)
         native.forward(*packed.native_args(), x, ids, weights, lora, gate_up, int8, out)
         return out, (gate_up, low_rank)
 
@@ -76,6 +77,7 @@ class LocalKernels:
         return grad_x, grad_weights, grad_x_lora, grads
 
 
+_MOST_ROUNDED = 1 << 18  # numbers of a result that the kernels round to bf16: their sums take 1 MiB of workspace
 FACTORS = ("gate_a", "gate_b", "up_a", "up_b", "down_a", "down_b")
 LOCAL = LocalKernels()
 

@@ -66,7 +66,7 @@ class Forward:
         call = self.call
         self.transfer.wait()
         inputs = Inputs(call.packed, self._x, self._ids, self._weights, self._lora, call.int8, call.int8_gradients)
-        out_TD, self._kept = call.kernels.forward(inputs, call.retain)
+        out_TD, self._kept = call.kernels.forward(inputs, call.retain, self._target.dtype)
         out_TD = self.transfer.to_device(out_TD, *self._target)
         self.transfer.sent()
         return out_TD

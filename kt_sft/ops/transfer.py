@@ -60,6 +60,8 @@ class Transfer:
 
     def to_device(self, tensor: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
         """Start sending a result, converted on the host; it may be used after :meth:`deliver`."""
+        if tensor.dtype is dtype and device.type == "cpu":
+            return tensor
         if self._down is None or device != self._device:
             return tensor.to(device, dtype)
         with torch.cuda.stream(self._up):

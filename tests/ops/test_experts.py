@@ -277,7 +277,7 @@ def test_bad_factors_and_settings_raise_value_errors():
         ("lora", {"gate_a": torch.zeros(4, 2, 64)}, "lora: expected both or none of gate_a and gate_b"),
         ("lora", {"up_a": torch.zeros(4, 64), "up_b": 0}, r"up_a: expected shape \(E, R, 64\), got \(4, 64\)"),
         ("lora", {"up_a": torch.zeros(4, 2, 64).half(), "up_b": 0}, "dtype torch.bfloat16 or torch.float32, got"),
-        ("out", torch.zeros(5, 64).double(), "out: expected dtype torch.float32, got torch.float64"),
+        ("out", torch.zeros(5, 64).double(), "dtype torch.float32 or torch.bfloat16, got torch.float64"),
     ],
 )  # fmt: skip
 def test_the_kernels_check_their_arguments(argument, value, message):
@@ -288,6 +288,21 @@ def test_the_kernels_check_their_arguments(argument, value, message):
     arguments[argument] = value
     with pytest.raises(ValueError, match=message):
         native.forward(*layer.packed.native_args(), *arguments.values())
+
+
+@pytest.mark.parametrize(("tokens", "experts", "top_k"), [(0, 4, 2), (1, 4, 2), (33, 4, 2), (50, 300, 8)])
+def test_the_kernels_round_a_result_as_torch_does(isa, tokens, experts, top_k):
+    layer = Case(E=experts, K=top_k, T=tokens, R=0)  # the last: rows of more experts than one wave holds
+    weights = layer.weights.detach()
+    weights[tokens // 2 :] *= torch.finfo().tiny  # subnormal results
+    weights[tokens - 1 :] = torch.tensor(0x7FFFFFFF, dtype=torch.int32).view(torch.float32)  # rounded up, -0
+    out, rounded = torch.empty(tokens, 64), torch.empty(tokens, 64, dtype=torch.bfloat16)
+    for result in (out, rounded):
+        native.forward(
+            *layer.packed.native_args(), layer.x.detach(), layer.ids, weights, {}, None, False, result
+        )  # fmt: skip
+    assert torch.equal(rounded.isnan(), out.isnan()) and out.isnan().any() == (tokens > 0)
+    assert torch.equal(rounded.nan_to_num(), out.bfloat16().nan_to_num())
 
 
 def test_packed_experts_stay_where_they_are_or_are_copied():
