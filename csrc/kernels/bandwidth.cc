@@ -18,7 +18,7 @@ namespace {
 constexpr int64_t kHugePage = int64_t{2} << 20;
 constexpr int64_t kPrefetchDistances[] = {0, 512, 2048, 4096};  // bytes
 
-constexpr int kLine = 8;  // words of a cache line: threads do not share one
+constexpr int kLineWords = kLine / sizeof(uint64_t);  // threads do not share one
 
 // Distinct words; returns their exclusive or.
 uint64_t fill(char* data, int64_t bytes) {
@@ -55,27 +55,27 @@ ReadProbe::ReadProbe(int64_t bytes_per_thread, bool huge_pages)
     : bytes_per_thread_(checked(bytes_per_thread)),
       threads_(num_threads()),
       buffer_(bytes_per_thread * threads_, huge_pages),
-      expected_(threads_ * kLine) {
+      expected_(threads_ * kLineWords) {
   parallel_for(split_over_nodes(threads_, nodes().count()), [&](int64_t task, int) {
-    expected_[task * kLine] = fill(buffer_.data() + task * bytes_per_thread_, bytes_per_thread_);
+    expected_[task * kLineWords] = fill(buffer_.data() + task * bytes_per_thread_, bytes_per_thread_);
   });
 }
 
 double ReadProbe::read(int64_t passes) const {
   KT_CHECK(passes > 0, "passes: expected at least 1, got ", passes);
   KT_CHECK(num_threads() == threads_, "threads: the probe was made for ", threads_, ", now they are ", num_threads());
-  std::vector<uint64_t> sums(threads_ * kLine);
+  std::vector<uint64_t> sums(threads_ * kLineWords);
   const auto start = std::chrono::steady_clock::now();
   // Each part is read by the node that filled it.
   parallel_for(split_over_nodes(threads_, nodes().count()), [&](int64_t task, int) {
     uint64_t sum = 0;
     const char* part = buffer_.data() + task * bytes_per_thread_;
     for (int64_t n = 0; n < passes; ++n) sum += kernels().read(part, bytes_per_thread_, ahead_);
-    sums[task * kLine] = sum;
+    sums[task * kLineWords] = sum;
   });
   const std::chrono::duration<double> seconds = std::chrono::steady_clock::now() - start;
   for (int i = 0; i < threads_; ++i)
-    KT_CHECK(sums[i * kLine] == expected_[i * kLine] * passes, "read: the loop did not read every word");
+    KT_CHECK(sums[i * kLineWords] == expected_[i * kLineWords] * passes, "read: the loop did not read every word");
   return static_cast<double>(bytes_per_thread_) * passes * threads_ / seconds.count();
 }
 

@@ -65,7 +65,7 @@ class PanelDecoder {
   static constexpr int kPairsTogether = R::Codes::kPairsTogether;
   PanelDecoder(const PackedMatrix& w, const Panel& at, Ops::Elem* dst)
       : block_(kRight ? w.block(at.strip, at.q0) : w.block(at.q0, at.strip)),
-        stride_(R::kBlockBytes * int64_t{kRight ? 1 : w.col_blocks()}),
+        stride_(w.block_bytes() * int64_t{kRight ? 1 : w.col_blocks()}),
         scales_(w, kRight ? at.strip : at.q0, kRight ? at.q0 : at.strip, kRight),
         to_(dst),
         units_(at.q_tiles * kStripTiles) {}

@@ -30,12 +30,13 @@ using CodeSums = Vec::F32[Rows][kStripTiles];
 
 // Reduction tiles [q0, q1) of a block row: sums = left * codes.
 template <class R, int Rows>
-inline __attribute__((always_inline)) void multiply_blocks(const uint8_t* block, const Ops::Elem* left, int q0, int q1,
-                                                           const Ahead& ahead, int lines, CodeSums<Rows>& sums) {
+inline __attribute__((always_inline)) void multiply_blocks(const uint8_t* block, int block_bytes, const Ops::Elem* left,
+                                                           int q0, int q1, const Ahead& ahead, int lines,
+                                                           CodeSums<Rows>& sums) {
 #pragma GCC unroll 8
   for (int r = 0; r < Rows; ++r) sums[r][0] = sums[r][1] = Vec::zero();
   for (int q = q0; q < q1; ++q) {
-    const uint8_t* codes = block + q * R::kBlockBytes;
+    const uint8_t* codes = block + q * block_bytes;
     const Ops::Elem* tile = left + q * kTileElems;
     for (int i = 0; i < lines; ++i) ask_for(ahead.at + q * ahead.stride + i * 64);
     Vec::I32 next[kStripTiles];
@@ -87,7 +88,7 @@ inline void multiply_codes(const PackedMatrix& w, const Panel& at, const Ops::El
   int stop = R::Scales::kAny ? group - at.q0 % group : all;
   CodeSums<Rows> sums;
   if (stop >= all) {
-    multiply_blocks<R, Rows>(block, left, 0, all, ahead, lines, sums);
+    multiply_blocks<R, Rows>(block, w.block_bytes(), left, 0, all, ahead, lines, sums);
     if constexpr (R::Scales::kAny)
       each_sum<R, Rows>({w, at.strip, at.q0}, [&](int r, int half, Vec::F32 scale) __attribute__((always_inline)) {
         sums[r][half] = Vec::mul(sums[r][half], scale);
@@ -100,7 +101,7 @@ inline void multiply_codes(const PackedMatrix& w, const Panel& at, const Ops::El
     for (int q = 0; q < all; stop += group) {
       const BlockScales<R> of_group = scales;
       const int end = min_int(all, stop);
-      multiply_blocks<R, Rows>(block, left, q, end, ahead, lines, sums);
+      multiply_blocks<R, Rows>(block, w.block_bytes(), left, q, end, ahead, lines, sums);
       for (; q < end; ++q) scales.next();
       each_sum<R, Rows>(of_group, [&](int r, int half, Vec::F32 scale) __attribute__((always_inline)) {
         Vec::store(place(r, half), Vec::fma(sums[r][half], scale, Vec::load(place(r, half))));

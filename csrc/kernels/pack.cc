@@ -140,8 +140,9 @@ constexpr PackBlock pack_block_of(int bits) {
 void pack_plane(const PackedMatrix& dst, int nb, int p, const uint8_t* from) {
   const Plane plane = dst.plane(p);
   const int groups = dst.plane_groups(p), rows = plane.lanes == 1 ? dst.row_blocks() : dst.rows;
-  auto* to = const_cast<uint8_t*>(dst.scale_plane(p, nb));
-  for (int g = 0; g < groups; ++g)
+  for (int g = 0; g < groups; ++g) {
+    auto* to = const_cast<uint8_t*>(dst.in_block(p) ? dst.plane_at(p, nb, g)
+                                                    : dst.plane_at(p, nb, 0) + g * dst.group_bytes(p));
     for (int i = 0; i < plane.lanes; ++i, to += plane.bytes) {
       const int64_t row = int64_t{nb} * plane.lanes + i;
       if (row < rows) {
@@ -150,6 +151,7 @@ void pack_plane(const PackedMatrix& dst, int nb, int p, const uint8_t* from) {
         std::memset(to, 0, plane.bytes);
       }
     }
+  }
 }
 
 }  // namespace
@@ -165,7 +167,7 @@ void pack_codes(const PackedMatrix& dst, const uint8_t* codes, const uint8_t* co
 }
 
 void copy_matrix(const PackedMatrix& dst, const PackedMatrix& src) {
-  const int64_t blocks = dst.row_blocks(), codes = dst.code_bytes();
+  const int64_t blocks = dst.row_blocks(), codes = dst.all_blocks_bytes();
   parallel_for(split_over_nodes(blocks, nodes().count()), [&](int64_t nb, int) {
     const auto copy = [&](int64_t begin, int64_t end) {
       std::memcpy(const_cast<uint8_t*>(dst.codes) + begin, src.codes + begin, end - begin);

@@ -198,8 +198,8 @@ template <class Codes>
 inline bool quantize_strip_as(const QuantizeArgs& a) {
   const PackedMatrix& m = *a.dst;
   const int group_blocks = m.group_size / kBlock;
-  auto* scales = reinterpret_cast<uint16_t*>(const_cast<uint8_t*>(m.scale_plane(0, a.nb)));
-  for (int kb = 0; kb < m.col_blocks(); kb += group_blocks, scales += kBlock) {
+  for (int kb = 0; kb < m.col_blocks(); kb += group_blocks) {
+    auto* scales = reinterpret_cast<uint16_t*>(const_cast<uint8_t*>(m.plane_at(0, a.nb, kb)));
     const int end = min_int(kb + group_blocks, m.col_blocks());
     if constexpr (!Codes::kSearchesScale) {
       if (!a.is_float && end - kb > 1) {

@@ -89,7 +89,7 @@ struct Row;
     using Codes = CodesOf;                                          \
     using Scales = ScalesOf;                                        \
     static constexpr FormatInfo kInfo = info(kt_sft::Format::name); \
-    static constexpr int kBlockBytes = kPairs * kBlock * bits / 4;  \
+    static constexpr int kCodeBytes = kPairs * kBlock * bits / 4;   \
   };
 #include "kernels/registry.inc"
 
@@ -101,15 +101,10 @@ struct BlockScales {
 
   BlockScales(const PackedMatrix& m, int nb, int kb) {
     for (int p = 0; p < kMaxPlanes && kPlanes[p].lanes > 0; ++p)
-      planes[p] = m.scale_plane(p, nb) + kb * kBlock / columns(m, p) * kPlanes[p].lanes * kPlanes[p].bytes;
+      planes[p] = m.plane_at(p, nb, kb);
   }
   Vec::F32 scale(int half, int part) const { return R::Scales::scale(planes, half * kTileRows, part); }
   Vec::F32 offset(int half, int part) const { return R::Scales::offset(planes, half * kTileRows, part); }
-
- protected:
-  static int columns(const PackedMatrix& m, int p) {
-    return kPlanes[p].columns > 0 ? kPlanes[p].columns : m.group_size;
-  }
 };
 
 // The scales of one block after another, along a block row or down a block column.
@@ -120,10 +115,14 @@ class WalkingScales : public BlockScales<R> {
  public:
   WalkingScales(const PackedMatrix& m, int nb, int kb, bool along) : BlockScales<R>(m, nb, kb) {
     for (int p = 0; p < kMaxPlanes && kPlanes[p].lanes > 0; ++p) {
-      const int columns = along ? this->columns(m, p) : kBlock, group = kPlanes[p].lanes * kPlanes[p].bytes;
+      const int columns = along ? m.plane(p).columns : kBlock, group = m.group_bytes(p);
       blocks_[p] = columns > kBlock ? columns / kBlock : 1;
       left_[p] = blocks_[p] - kb % blocks_[p];
-      step_[p] = !along ? m.scale_row_bytes : columns < kBlock ? kBlock / columns * group : group;
+      if (m.in_block(p)) {
+        step_[p] = m.block_bytes() * (along ? 1 : m.col_blocks());
+      } else {
+        step_[p] = !along ? m.scale_row_bytes : columns < kBlock ? kBlock / columns * group : group;
+      }
     }
   }
   void next() {

@@ -30,9 +30,11 @@ inline void skinny_rows(const GemmArgs& g, const GemmTerm& term, int q0, int nq,
 inline void convert_exact(uint16_t from, float& to) { convert(from, to); }
 inline void convert_exact(float from, float& to) { to = from; }
 
-template <int Bytes>
-inline void prefetch_ahead(const uint8_t* at) {
-  for (int i = 0; i < Bytes; i += 64) ask_for(at + i);
+// The lines of a block: its codes and, behind them, the scales of its own.
+template <class R>
+inline void prefetch_block(const uint8_t* at, int block_bytes) {
+  for (int i = 0; i < R::kCodeBytes; i += kLine) ask_for(at + i);
+  for (int i = R::kCodeBytes; i < block_bytes; i += kLine) ask_for(at + i);
 }
 
 // Codes that are read in the order in which they lie, up to `end`; those at `next` are read after them.
@@ -40,9 +42,9 @@ struct CodeStream {
   const uint8_t *end, *next;
 
   const uint8_t* after(const uint8_t* at) const { return at < end ? at : next + (at - end); }
-  template <int Bytes>
-  void prefetch(const uint8_t* block) const {
-    prefetch_ahead<Bytes>(after(block + kSkinnyAhead));
+  template <class R>
+  void prefetch(const uint8_t* block, int block_bytes) const {
+    prefetch_block<R>(after(block + kSkinnyAhead), block_bytes);
   }
 };
 
@@ -157,6 +159,7 @@ inline void skinny_forward(const PackedMatrix& w, int nb, int kb0, int blocks, c
   using Codes = typename R::Codes;
   const int group = kScalesSums<R> ? w.group_size / kBlock : kb0 + blocks;
   const uint8_t* block = w.block(nb, kb0);
+  const int block_bytes = w.block_bytes();
   for (int b = 0, stop = min_int(blocks, group - kb0 % group); b < blocks; stop = min_int(blocks, stop + group)) {
     const BlockScales<R> scales(w, nb, kb0 + b);
     SkinnySums<Rows> acc;
@@ -166,8 +169,8 @@ inline void skinny_forward(const PackedMatrix& w, int nb, int kb0, int blocks, c
       for (auto& row : half)
 #pragma GCC unroll 4
         for (auto& sum : row) sum = Vec::zero();
-    for (; b < stop; ++b, block += R::kBlockBytes) {
-      stream.prefetch<R::kBlockBytes>(block);
+    for (; b < stop; ++b, block += block_bytes) {
+      stream.prefetch<R>(block, block_bytes);
       const auto pair = [&](int row, int p) { return x.pair<R>(row, b, p); };
       if constexpr (kMultipliesPairs<R>) {
         for (int p = 0; p < kPairs; p += 4) multiply_pairs<R, Rows>(block, p, pair, acc);
@@ -191,9 +194,10 @@ inline void skinny_backward(const PackedMatrix& w, int nb, int kb0, int blocks, 
   using Codes = typename R::Codes;
   constexpr int kVectors = Codes::kOrdered ? 1 : 2;
   const uint8_t* block = w.block(nb, kb0);
-  const int64_t ahead = int64_t{w.col_blocks()} * R::kBlockBytes * ((kSkinnyAhead - 1) / (blocks * R::kBlockBytes) + 1);
-  for (int b = 0; b < blocks; ++b, block += R::kBlockBytes) {
-    prefetch_ahead<R::kBlockBytes>(block + ahead);
+  const int block_bytes = w.block_bytes();
+  const int64_t ahead = int64_t{w.col_blocks()} * block_bytes * ((kSkinnyAhead - 1) / (blocks * block_bytes) + 1);
+  for (int b = 0; b < blocks; ++b, block += block_bytes) {
+    prefetch_block<R>(block + ahead, block_bytes);
     const Weights<R> weights[kStripTiles] = {{w, nb, kb0 + b, 0}, {w, nb, kb0 + b, 1}};
     Vec::F32 d[Rows][kStripTiles];
     for (int r = 0; r < Rows; ++r)

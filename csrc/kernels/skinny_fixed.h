@@ -96,21 +96,26 @@ inline void multiply_fixed_quads(const uint8_t* block, const uint8_t* ahead, int
     for (int half = 0; half < kStripTiles; ++half)
       acc[half][r][1] = Vec::add_i32(acc[half][r][1], Vec::splat_i32(x[r].start[b]));
 #pragma GCC unroll 4
-  for (int w = 0; w < kBlock / 8; ++w)
+  for (int w = 0; w < kBlock / 8; ++w) {
+    Vec::I32 quads[kStripTiles][2];
 #pragma GCC unroll 2
     for (int half = 0; half < kStripTiles; ++half) {
       ask_here(ahead + (w * kStripTiles + half) * 64);
-      Vec::I32 quads[2];
-      R::Codes::template whole_quads<Vec>(block, w, half, quads);
-#pragma GCC unroll 2
-      for (int i = 0; i < 2; ++i)
-#pragma GCC unroll 4
-        for (int r = 0; r < Rows; ++r) {
-          const int32_t* at = x[r].words + b * kPairs + w * 4 + i * 2;
-          dot8(acc[half][r][0], quads[i], Vec::splat_i32(at[0]));
-          dot8(acc[half][r][1], quads[i], Vec::splat_i32(at[1]));
-        }
+      R::Codes::template whole_quads<Vec>(block, w, half, quads[half]);
     }
+#pragma GCC unroll 2
+    for (int i = 0; i < 2; ++i)
+#pragma GCC unroll 4
+      for (int r = 0; r < Rows; ++r) {
+        const int32_t* at = x[r].words + b * kPairs + w * 4 + i * 2;
+        const Vec::I32 high = Vec::splat_i32(at[0]), low = Vec::splat_i32(at[1]);
+#pragma GCC unroll 2
+        for (int half = 0; half < kStripTiles; ++half) {
+          dot8(acc[half][r][0], quads[half][i], high);
+          dot8(acc[half][r][1], quads[half][i], low);
+        }
+      }
+  }
 }
 
 // total += whole sums * scale of a column.
@@ -132,7 +137,7 @@ inline void add_fixed(const FixedSums<Rows>& acc, const Vec::F32 (&scale)[kStrip
 template <class R, int Rows>
 inline void fixed_forward(const PackedMatrix& w, int nb, int kb0, int blocks, const FixedRow* x,
                           const CodeStream& stream, float* out, int64_t ldo) {
-  const int group = w.group_size / kBlock;
+  const int group = w.group_size / kBlock, block_bytes = w.block_bytes();
   const uint8_t* block = w.block(nb, kb0);
   WalkingScales<R> scales(w, nb, kb0, true);
   for (int b = 0, group_end = group - kb0 % group; b < blocks;) {
@@ -144,20 +149,23 @@ inline void fixed_forward(const PackedMatrix& w, int nb, int kb0, int blocks, co
       for (auto& row : half) row = Vec::zero();
     while (b < end) {
       if (b == group_end) group_end += group;
-      const Vec::F32 scale[kStripTiles] = {scales.scale(0, 0), scales.scale(1, 0)};
+      const BlockScales<R> of_group = scales;
       FixedSums<Rows> acc;
 #pragma GCC unroll 2
       for (auto& half : acc)
 #pragma GCC unroll 4
         for (auto& row : half) row[0] = row[1] = Vec::splat_i32(0);
-      for (const int stop = min_int(end, group_end); b < stop; ++b, block += R::kBlockBytes, scales.next()) {
+      for (const int stop = min_int(end, group_end); b < stop; ++b, block += block_bytes, scales.next()) {
         const uint8_t* ahead = stream.after(block + kFixedAhead<R>);
         if constexpr (R::Codes::kWhole == Whole::quads) {
           multiply_fixed_quads<R, Rows>(block, ahead, b, x, acc);
         } else {
           multiply_fixed_pairs<R, Rows>(block, ahead, b, x, acc);
         }
+        for (int own = R::kCodeBytes; own < block_bytes; own += kLine) ask_here(ahead + own);
       }
+      // Read last: the hardware's prefetching follows a stream that runs forward.
+      const Vec::F32 scale[kStripTiles] = {of_group.scale(0, 0), of_group.scale(1, 0)};
       add_fixed<R, Rows>(acc, scale, total);
     }
 #pragma GCC unroll 4

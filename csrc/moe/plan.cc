@@ -20,7 +20,7 @@ ExpertWeights::ExpertWeights(int num_experts, int hidden, int intermediate, cons
 PackedMatrix ExpertWeights::matrix(int expert, Projection projection) const {
   PackedMatrix m = matrices_[projection];
   m.codes = storage + expert * expert_bytes_ + starts_[projection];
-  m.scales = m.codes + m.code_bytes();
+  m.scales = m.codes + m.all_blocks_bytes();
   return m;
 }
 

@@ -46,7 +46,7 @@ from .journal import Journal, Written
 logger = logging.getLogger(__name__)
 
 MAGIC = b"KTSFTPKD"
-VERSION = 4
+VERSION = 5
 _HEAD = struct.Struct("<8sIIQQ")  # magic, version, CRC-32 of the index, its offset, its length
 _PAGE = 4096
 _CHUNK = 4 << 20  # bytes per read while checking: stays in L2/L3 between the read and the CRC

@@ -38,7 +38,9 @@ def _matrix_by_contract(packed: PackedExperts) -> tuple[torch.Tensor, torch.Tens
     N, K = packed.intermediate_size, packed.hidden_size
     NB, KB = -(-N // 32), -(-K // 32)
     pair_bytes = {"bf16": 4, "int8": 2, "int4": 1}[packed.weight_format]
-    codes = packed.storage[: NB * KB * 512 * pair_bytes]
+    own = 64 if packed.weight_format != "bf16" and (packed.group_size or KB * 32) == 32 else 0  # bytes behind the codes
+    blocks = packed.storage[: NB * KB * (512 * pair_bytes + own)].view(NB * KB, -1)
+    codes = blocks[:, : 512 * pair_bytes].flatten()
     if packed.weight_format == "int4":  # words of 8 nibbles: the first columns of 4 pairs, then their second ones
         nibbles = torch.stack((codes & 15, codes >> 4), -1).view(NB, KB, 4, 32, 2, 4)
         pairs = int4_values(nibbles.permute(0, 1, 2, 5, 3, 4)).to(torch.int8)
@@ -50,8 +52,10 @@ def _matrix_by_contract(packed: PackedExperts) -> tuple[torch.Tensor, torch.Tens
     if packed.weight_format == "bf16":
         return codes_NK[:N, :K], None
     groups = -(-KB * 32 // packed.group_size) if packed.group_size else 1
-    scales = packed.storage[codes.numel() : codes.numel() + NB * groups * 64].view(torch.bfloat16)
-    scales_NG = scales.view(NB, groups, 32).transpose(1, 2).reshape(NB * 32, groups)
+    scales = packed.storage[blocks.numel() : blocks.numel() + NB * groups * 64]
+    if own:
+        scales = blocks[:, 512 * pair_bytes :].flatten()
+    scales_NG = scales.view(torch.bfloat16).view(NB, groups, 32).transpose(1, 2).reshape(NB * 32, groups)
     assert scales_NG[N:].eq(0).all()
     return codes_NK[:N, :K], scales_NG[:N]
 
