@@ -42,8 +42,8 @@ struct PackArgs {
   Side side;
   DenseView view;
   int c0, nc, q0, nq;
-  void* dst;           // tile (c0, q0); the rest of the last tiles is filled with zeros
-  int64_t q_stride;    // tiles from one row of tiles to the next
+  void* dst;            // tile (c0, q0); the rest of the last tiles is filled with zeros
+  int64_t q_stride;     // tiles from one row of tiles to the next
   bool whole_c = true;  // or rows c of left tiles beyond nc stay as they are: up to kSkinnyRows are read alone
 };
 

@@ -81,8 +81,8 @@ struct PackedMatrix {
   const uint8_t* codes = nullptr;
   const uint8_t* scales = nullptr;
   Format format = Format::bf16;
-  int rows = 0, cols = 0;                                 // n, k as given; blocks cover the padded sizes
-  int group_size = 0;  // along k, a multiple of 32; the padded k when per channel
+  int rows = 0, cols = 0;  // n, k as given; blocks cover the padded sizes
+  int group_size = 0;      // along k, a multiple of 32; the padded k when per channel
   // Planes begin so many bytes behind the start of their block, or of their block row's scales.
   int plane_start[kMaxPlanes] = {}, own_bytes = 0, scale_row_bytes = 0;
 

@@ -100,8 +100,7 @@ struct BlockScales {
   const uint8_t* planes[kMaxPlanes];
 
   BlockScales(const PackedMatrix& m, int nb, int kb) {
-    for (int p = 0; p < kMaxPlanes && kPlanes[p].lanes > 0; ++p)
-      planes[p] = m.plane_at(p, nb, kb);
+    for (int p = 0; p < kMaxPlanes && kPlanes[p].lanes > 0; ++p) planes[p] = m.plane_at(p, nb, kb);
   }
   Vec::F32 scale(int half, int part) const { return R::Scales::scale(planes, half * kTileRows, part); }
   Vec::F32 offset(int half, int part) const { return R::Scales::offset(planes, half * kTileRows, part); }
