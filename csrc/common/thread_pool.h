@@ -1,9 +1,9 @@
 // A persistent pool: parallel_for over independent tasks, the calling thread takes part.
 //
 // Tasks may belong to nodes: idle threads take those of their own node first. Which thread runs a task is left open, so
-// tasks must not share outputs; results are then the same for any number of threads. Workers spin briefly between two
-// loops of one layer, then sleep on a futex. The pool is never destroyed (safe at interpreter exit) and a forked child
-// starts a new one on first use.
+// tasks must not share outputs; results are then the same for any number of threads. Workers spin briefly after a
+// loop, through those of one layer and to the next token's, then sleep on a futex. The pool is never destroyed (safe at
+// interpreter exit) and a forked child starts a new one on first use.
 #pragma once
 #include <cstdint>
 #include <utility>
