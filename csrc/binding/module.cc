@@ -6,6 +6,7 @@
 #include <array>
 #include <chrono>
 #include <cmath>
+#include <cstring>
 #include <iterator>
 #include <string>
 #include <vector>
@@ -148,6 +149,15 @@ void pack_quantised(const PackedHandle& packed, int expert, int projection, cons
     plane_data[count] = tensor<uint8_t>(planes[count], "scales", {Dtype::u8}, shape);
   }
   KT_CHECK(count == static_cast<int>(planes.size()), "planes: expected ", count, ", got ", planes.size());
+  if (m.format == Format::fp8 || m.format == Format::fp8_channel) {
+    const int64_t scales = int64_t{m.plane(0).lanes == 1 ? m.row_blocks() : m.rows} * m.plane_groups(0);
+    for (int64_t i = 0; i < scales; ++i) {
+      float scale;
+      std::memcpy(&scale, plane_data[0] + i * sizeof scale, sizeof scale);
+      KT_CHECK(std::abs(scale) < kFp8ScalesBelow, "scales: expected values below ", kFp8ScalesBelow, " for ",
+               info(m.format).name, ", got ", scale);
+    }
+  }
   py::gil_scoped_release release;
   pack_codes(m, code_data, plane_data);
 }

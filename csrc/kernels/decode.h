@@ -25,8 +25,10 @@ struct DecodeUnit {
 
   DecodeUnit(const uint8_t* block, const BlockScales<R>& scales, int half, Elem* to)
       : codes(block + half * kTileRows * Codes::kRowBytes), to(to), weights(scales, half) {
-    if constexpr (kOrdered)
-      first_scale = Vec::twice_low(weights.scales[0]), second_scale = Vec::twice_high(weights.scales[0]);
+    if constexpr (kOrdered) {
+      const Vec::F32 scales = Vec::mul(weights.scales[0], Vec::broadcast(Codes::kPairUnit));
+      first_scale = Vec::twice_low(scales), second_scale = Vec::twice_high(scales);
+    }
   }
 
   // Columns 2p and 2p + 1.

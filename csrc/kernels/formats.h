@@ -2,7 +2,7 @@
 //   decode        of pair p and 16 rows: two vectors of 16 floats, column 2p and column 2p + 1. `at` is where the block
 //                 holds the first row's pair 0; kRowBytes of a row lie together, kPairsTogether of its pairs
 //   decode_pairs  the same in memory order: (n, 2p), (n, 2p + 1) of rows 0 to 7, then of rows 8 to 15; kOrdered says
-//                 that this is the cheaper one
+//                 that this is the cheaper one. Times kPairUnit, which a scale takes along for nothing
 //   pairs         where kBf16: the codes, which bf16 holds exactly, as (2p, 2p + 1) of a block's 32 rows, over the
 //                 vectors V of an instruction set that multiplies them; `unmix` puts sums of rows into memory's order
 //   whole_pairs   where kWhole: the codes times kWholeUnit, whole numbers of eight bits, widened to words, as pairs
@@ -81,6 +81,7 @@ struct Int8 : Mixed {
   static void whole_pairs(const uint8_t* block, int p, typename V::I32 (&to)[2]) {
     for (int half = 0; half < 2; ++half) to[half] = V::widen8(block + (p * kBlock + half * kTileRows) * kRowBytes);
   }
+  static constexpr float kPairUnit = 1;
   static void decode_pairs(const uint8_t* at, int p, Vec::F32& first, Vec::F32& second) {
     first = Vec::to_f32(Vec::load_i8(at + p * kBlock * kRowBytes));
     second = Vec::to_f32(Vec::load_i8(at + p * kBlock * kRowBytes + 16));
@@ -112,19 +113,20 @@ struct Fp8 : Mixed {
     V::to_words(V::look_up7(codes, kValues.low), high, to[0], to[1]);
   }
   static constexpr Bf16Bytes kValues{[](int i) { return __builtin_bit_cast(float, i << 20) * 0x1p120f; }, 0};
+  static constexpr float kPairUnit = 0x1p120f;
   static void decode_pairs(const uint8_t* at, int p, Vec::F32& first, Vec::F32& second) {
-    first = value(Vec::shift_left<20>(Vec::load_i8(at + p * kBlock * kRowBytes)));
-    second = value(Vec::shift_left<20>(Vec::load_i8(at + p * kBlock * kRowBytes + 16)));
+    first = number(Vec::shift_left<20>(Vec::load_i8(at + p * kBlock * kRowBytes)));
+    second = number(Vec::shift_left<20>(Vec::load_i8(at + p * kBlock * kRowBytes + 16)));
   }
   static void decode(const uint8_t* at, int p, Vec::F32& even, Vec::F32& odd) {
     const auto words = Vec::load_i16(at + p * kBlock * kRowBytes);
     even = value(Vec::shift_right<4>(Vec::shift_left<24>(words)));
     odd = value(Vec::shift_right<4>(Vec::shift_left<16>(words)));
   }
-  static Vec::F32 value(Vec::I32 bits) {  // the seven bits from bit 20 on, the sign from bit 27 on
-    const auto kept = Vec::bit_and(bits, Vec::splat_i32(static_cast<int>(0x87f00000u)));
-    return Vec::mul(Vec::as_f32(kept), Vec::broadcast(0x1p120f));
+  static Vec::F32 number(Vec::I32 bits) {  // the seven bits from bit 20 on, the sign from bit 27 on
+    return Vec::as_f32(Vec::bit_and(bits, Vec::splat_i32(static_cast<int>(0x87f00000u))));
   }
+  static Vec::F32 value(Vec::I32 bits) { return Vec::mul(number(bits), Vec::broadcast(kPairUnit)); }
 };
 
 // Four bits, each standing for one of 16 levels. Every word of 32 bits is a row's: four first columns of pairs in its

@@ -56,12 +56,11 @@ inline void prefetch_ahead(const Src* src) {
   for (int i = 0; i < Cols; i += 64 / static_cast<int>(sizeof(Src))) __builtin_prefetch(src + kAhead + i);
 }
 
-// dst[a][b], a < Rows, b < Cols: element (a0 + a, b0 + b) of a matrix whose b runs contiguously; zeros outside na, nb,
-// or, unless `fill`, nothing for a >= na.
+// dst[a][b], a < Rows, b < Cols: element (a0 + a, b0 + b) of a matrix whose b runs contiguously; zeros outside na, nb.
 template <int Rows, int Cols, class Src>
 inline void copy_in(const Src* base, int64_t stride, const int32_t* index, int a0, int na, int b0, int nb,
-                    Ops::Elem* dst, bool fill) {
-  for (int a = 0; a < (fill ? Rows : na); ++a) {
+                    Ops::Elem* dst) {
+  for (int a = 0; a < Rows; ++a) {
     Ops::Elem* row = dst + a * Cols;
     if (a >= na || nb <= 0) {
       for (int b = 0; b < Cols; ++b) row[b] = 0;
@@ -80,11 +79,11 @@ inline void copy_in(const Src* base, int64_t stride, const int32_t* index, int a
 
 template <int Rows, int Cols>
 inline void copy_any(const DenseView& v, int64_t stride, const int32_t* index, int a0, int na, int b0, int nb,
-                     Ops::Elem* dst, bool fill = true) {
+                     Ops::Elem* dst) {
   if (v.is_float) {
-    copy_in<Rows, Cols>(static_cast<const float*>(v.base), stride, index, a0, na, b0, nb, dst, fill);
+    copy_in<Rows, Cols>(static_cast<const float*>(v.base), stride, index, a0, na, b0, nb, dst);
   } else {
-    copy_in<Rows, Cols>(static_cast<const uint16_t*>(v.base), stride, index, a0, na, b0, nb, dst, fill);
+    copy_in<Rows, Cols>(static_cast<const uint16_t*>(v.base), stride, index, a0, na, b0, nb, dst);
   }
 }
 
@@ -143,8 +142,7 @@ inline void pack_tile(const PackArgs& p, int c, int q, Ops::Elem* tile) {
   alignas(64) Ops::Elem buffer[kTileElems];
   if (p.view.qs == 1) {
     Ops::Elem* rows = p.side == Side::left ? tile : buffer;
-    copy_any<kTileRows, kTileSteps>(p.view, p.view.cs, p.view.cidx, p.c0 + c, nc, p.q0 + q, nq, rows,
-                                    p.whole_c || p.side == Side::right);
+    copy_any<kTileRows, kTileSteps>(p.view, p.view.cs, p.view.cidx, p.c0 + c, nc, p.q0 + q, nq, rows);
     if (p.side == Side::right) right_from_rows(buffer, tile);
     return;
   }
@@ -160,7 +158,26 @@ inline void pack_tile(const PackArgs& p, int c, int q, Ops::Elem* tile) {
   }
 }
 
+// Left tiles of nc rows each.
+template <class Src>
+inline void pack_few_rows(const PackArgs& p) {
+  for (int c = 0; c < p.nc; ++c) {
+    const int64_t row = p.view.cidx ? p.view.cidx[p.c0 + c] : p.c0 + c;
+    const Src* from = static_cast<const Src*>(p.view.base) + row * p.view.cs + p.q0;
+    auto* to = static_cast<Ops::Elem*>(p.dst) + c * kTileSteps;
+    for (int q = 0; q < p.nq; q += kTileSteps, from += kTileSteps, to += p.nc * kTileSteps) {
+      if (p.nq - q >= kTileSteps) {
+        copy_row<kTileSteps>(from, to);
+      } else {
+        for (int i = 0; i < kTileSteps; ++i) to[i] = 0;
+        for (int i = 0; i < p.nq - q; ++i) convert(from[i], to[i]);
+      }
+    }
+  }
+}
+
 inline void pack_tiles(const PackArgs& p) {
+  if (p.few_rows && p.side == Side::left) return p.view.is_float ? pack_few_rows<float>(p) : pack_few_rows<uint16_t>(p);
   auto* dst = static_cast<Ops::Elem*>(p.dst);
   for (int c = 0; c < p.nc; c += kTileRows)
     for (int q = 0; q < p.nq; q += kTileSteps)

@@ -16,12 +16,15 @@ struct GemmTerm {
   const PackedMatrix* packed;  // either packed weights: (c, q) = (n, k) if the activations are left, (k, n) if right
   const DenseView* dense;      // or a dense factor with element (c, q)
   int act_tiles = 0;           // tiles from one row of tiles of act to the next; 0: those of q
+  bool few_rows = false;       // act was packed as few rows
 };
 
 // What the caller multiplies next: its first codes are asked for meanwhile. A hint only.
 struct Upcoming {
   PackedMatrix packed;
   int c0;
+  const void* act = nullptr;  // few rows of activations, packed as such, unless they are those of this product
+  int64_t act_bytes = 0;
 };
 
 // out[m][c - c0] = sum over terms, fp32, overwritten; c0 a multiple of 32; m <= kMaxRows; nc <= kMaxCols, or
@@ -42,9 +45,10 @@ struct PackArgs {
   Side side;
   DenseView view;
   int c0, nc, q0, nq;
-  void* dst;            // tile (c0, q0); the rest of the last tiles is filled with zeros
-  int64_t q_stride;     // tiles from one row of tiles to the next
-  bool whole_c = true;  // or rows c of left tiles beyond nc stay as they are: up to kSkinnyRows are read alone
+  void* dst;         // tile (c0, q0); the rest of the last tiles is filled with zeros
+  int64_t q_stride;  // tiles from one row of tiles to the next
+  bool few_rows =
+      false;  // left tiles hold the nc rows alone, up to kSkinnyRows of a matrix that has no others; qs == 1
 };
 
 // Rows [row0, row0 + rows) of a row-major matrix (view.qs == 1), columns [0, nq) from the view's base on, to int8.

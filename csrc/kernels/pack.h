@@ -18,7 +18,8 @@ bool pack_matrix(const PackedMatrix& dst, const void* weights, bool is_float);
 //   codes   row-major, source_row_bytes per row: for 4 bits the even column in the low nibble, signed ones as code + 8;
 //           GGUF's super-blocks of 256 columns as they are
 //   planes  one per plane of the format: row-major (rows, or row blocks where a plane has one lane; groups) elements
-int source_columns(Format format);  // the columns are a multiple of
+constexpr float kFp8ScalesBelow = 256;  // kernels multiply scales of fp8 by 2^120 (Fp8 in formats.h)
+int source_columns(Format format);      // the columns are a multiple of
 int64_t source_row_bytes(Format format, int cols);
 void pack_codes(const PackedMatrix& dst, const uint8_t* codes, const uint8_t* const* planes);
 

@@ -9,11 +9,17 @@
 constexpr int kSkinnySteps = 4096;     // reduction steps converted at once: 4 rows x 16 KiB
 constexpr int kSkinnyAhead = 8 << 10;  // bytes that prefetching runs ahead of the arithmetic: the latency of DRAM
 
+// Elements from one left tile of a term to the next.
+inline int64_t left_tile_elems(const GemmArgs& g, const GemmTerm& term) {
+  return term.few_rows ? g.m * kTileSteps : kTileElems;
+}
+
 // Activations [q0, q0 + nq) of all rows, from tiles of either side to fp32 rows [m][kSkinnySteps]; zeros up to 32.
 inline void skinny_rows(const GemmArgs& g, const GemmTerm& term, int q0, int nq, float* rows) {
   constexpr int kStepsPerWord = 4 / sizeof(Ops::Elem);  // a word of a tile: a pair of bf16 or one float
+  const int64_t elems = g.side == Side::left ? left_tile_elems(g, term) : kTileElems;
   for (int q = 0; q < round_up(nq, kTileSteps); q += kTileSteps) {
-    const Ops::Elem* tile = static_cast<const Ops::Elem*>(term.act) + int64_t{(q0 + q) / kTileSteps} * kTileElems;
+    const Ops::Elem* tile = static_cast<const Ops::Elem*>(term.act) + (q0 + q) / kTileSteps * elems;
     for (int r = 0; r < g.m; ++r) {
       float* to = rows + r * kSkinnySteps + q;
       if (g.side == Side::left) {
@@ -59,12 +65,13 @@ constexpr bool kMultipliesPairs = sizeof(Ops::Elem) == 2 && R::Codes::kBf16 && (
 // The activations of some reduction steps: left tiles and, where a format needs them, the fp32 rows made of them.
 struct SkinnyInput {
   const Ops::Elem* tiles;
+  int64_t tile_elems;
   const float* rows;
 
   template <class R>
   auto pair(int row, int block, int p) const {
     if constexpr (kMultipliesPairs<R>) {
-      return tiles + int64_t{block} * kTileElems + row * kTileSteps + 2 * p;
+      return tiles + block * tile_elems + row * kTileSteps + 2 * p;
     } else {
       return rows + row * kSkinnySteps + block * kBlock + 2 * p;
     }
@@ -76,6 +83,10 @@ template <class R>
 inline void skinny_pair(const Weights<R>& weights, const uint8_t* codes, int p, Vec::F32& first, Vec::F32& second) {
   if constexpr (R::Codes::kOrdered) {
     R::Codes::decode_pairs(codes, p, first, second);
+    if constexpr (R::Codes::kPairUnit != 1) {
+      const auto unit = Vec::broadcast(R::Codes::kPairUnit);
+      first = Vec::mul(first, unit), second = Vec::mul(second, unit);
+    }
   } else {
     R::Codes::decode(codes, p, first, second);
     if constexpr (!kScalesSums<R>) first = weights.of(first, p), second = weights.of(second, p);
@@ -248,12 +259,13 @@ inline void skinny_fold(const float* lanes, int columns, float* out) {
   }
 }
 
-// Some reduction steps of a term, and where their sums go: out[m][kFewRowsCols] is added to.
+// Some reduction steps of a term, and where their sums go: out[m][ldo] is added to, whole blocks of columns.
 struct SkinnyChunk {
   const GemmArgs& g;
   const GemmTerm& term;
   int q0, nq;
   float *rows, *lanes, *out;
+  int64_t ldo;
 
   void make_rows() const { skinny_rows(g, term, q0, nq, rows); }
   // Block row `nb` of the chunk, and what is read after it: the next one, the next chunk or the caller's next codes.
@@ -285,9 +297,10 @@ inline void skinny_packed(const SkinnyChunk& c) {
   if (g.side == Side::left) {
     if constexpr (kMultipliesFixed<R, Rows>) return fixed_packed<R, Rows>(c, first, strips);
     if constexpr (!kMultipliesPairs<R>) c.make_rows();
-    const SkinnyInput x{static_cast<const Ops::Elem*>(c.term.act) + int64_t{kb} * kTileElems, c.rows};
+    const int64_t elems = left_tile_elems(g, c.term);
+    const SkinnyInput x{static_cast<const Ops::Elem*>(c.term.act) + kb * elems, elems, c.rows};
     for (int s = 0; s < strips; ++s)
-      skinny_forward<R, Rows>(w, first + s, kb, blocks, x, c.stream(first + s), c.out + s * kBlock, kFewRowsCols);
+      skinny_forward<R, Rows>(w, first + s, kb, blocks, x, c.stream(first + s), c.out + s * kBlock, c.ldo);
     return;
   }
   c.make_rows();
@@ -295,7 +308,7 @@ inline void skinny_packed(const SkinnyChunk& c) {
   __builtin_memset(c.lanes, 0, Rows * row_lanes * sizeof(float));
   for (int b = 0; b < blocks; ++b) skinny_backward<R, Rows>(w, kb + b, first, strips, c.rows + b * kBlock, c.lanes);
   for (int r = 0; r < Rows; ++r)
-    skinny_fold<R::Codes::kOrdered>(c.lanes + r * row_lanes, strips * kBlock, c.out + r * kFewRowsCols);
+    skinny_fold<R::Codes::kOrdered>(c.lanes + r * row_lanes, strips * kBlock, c.out + r * c.ldo);
 }
 
 template <class R>
@@ -312,9 +325,10 @@ inline void skinny_format(const SkinnyChunk& c) {
   }
 }
 
-// out[m][c] += sum_q rows[m][q] F[c][q] of a dense factor, which has one index running contiguously.
+// out[m][ldo] += sum_q rows[m][q] F[c][q] of a dense factor, which has one index running contiguously.
 template <class Src>
-inline void skinny_dense(const GemmArgs& g, const DenseView& v, int q0, int nq, const float* rows, float* out) {
+inline void skinny_dense(const GemmArgs& g, const DenseView& v, int q0, int nq, const float* rows, float* out,
+                         int64_t ldo) {
   const auto* base = static_cast<const Src*>(v.base);
   const auto row_of = [](const int32_t* index, int i) { return int64_t{index ? index[i] : i}; };
   if (v.qs == 1) {
@@ -337,7 +351,7 @@ inline void skinny_dense(const GemmArgs& g, const DenseView& v, int q0, int nq, 
           sum += x[q] * value;
         }
         for (float lane : lanes) sum += lane;
-        out[r * kFewRowsCols + c] += sum;
+        out[r * ldo + c] += sum;
       }
     }
     return;
@@ -346,7 +360,7 @@ inline void skinny_dense(const GemmArgs& g, const DenseView& v, int q0, int nq, 
     const Src* factor = base + row_of(v.qidx, q0 + q) * v.qs + g.c0;
     for (int r = 0; r < g.m; ++r) {
       const float x = rows[r * kSkinnySteps + q];
-      float* to = out + r * kFewRowsCols;
+      float* to = out + r * ldo;
       for (int c = 0; c < g.nc; ++c) {
         float value;
         convert_exact(factor[c], value);
@@ -361,17 +375,24 @@ constexpr size_t kSkinnyScratch =
 
 inline void skinny_gemm(const GemmArgs& g) {
   auto* rows = static_cast<float*>(g.scratch);
-  float *out = rows + kSkinnyRows * kSkinnySteps, *lanes = out + kSkinnyRows * kFewRowsCols;
-  for (int r = 0; r < g.m; ++r) __builtin_memset(out + r * kFewRowsCols, 0, round_up(g.nc, kBlock) * sizeof(float));
+  float *sums = rows + kSkinnyRows * kSkinnySteps, *lanes = sums + kSkinnyRows * kFewRowsCols;
+  const bool apart = g.transposed || g.nc % kBlock != 0;
+  float* out = apart ? sums : g.out;
+  const int64_t ldo = apart ? kFewRowsCols : g.ldo;
+  if (g.upcoming != nullptr) {
+    const auto* act = static_cast<const uint8_t*>(g.upcoming->act);
+    for (int64_t at = 0; at < g.upcoming->act_bytes; at += kLine) ask_for(act + at);
+  }
+  for (int r = 0; r < g.m; ++r) __builtin_memset(out + r * ldo, 0, round_up(g.nc, kBlock) * sizeof(float));
   for (int t = 0; t < g.num_terms; ++t) {
     const GemmTerm& term = g.terms[t];
     for (int q0 = 0; q0 < term.q; q0 += kSkinnySteps) {
       const int nq = min_int(kSkinnySteps, term.q - q0);
-      const SkinnyChunk chunk{g, term, q0, nq, rows, lanes, out};
+      const SkinnyChunk chunk{g, term, q0, nq, rows, lanes, out, ldo};
       if (term.packed == nullptr) {
         chunk.make_rows();
-        term.dense->is_float ? skinny_dense<float>(g, *term.dense, q0, nq, rows, out)
-                             : skinny_dense<uint16_t>(g, *term.dense, q0, nq, rows, out);
+        term.dense->is_float ? skinny_dense<float>(g, *term.dense, q0, nq, rows, out, ldo)
+                             : skinny_dense<uint16_t>(g, *term.dense, q0, nq, rows, out, ldo);
         continue;
       }
       switch (term.packed->format) {
@@ -383,8 +404,7 @@ inline void skinny_gemm(const GemmArgs& g) {
       }
     }
   }
-  for (int r = 0; r < g.m; ++r) {
-    const int64_t row = g.transposed ? 1 : g.ldo, column = g.transposed ? g.ldo : 1;
-    for (int c = 0; c < g.nc; ++c) g.out[r * row + c * column] = out[r * kFewRowsCols + c];
-  }
+  const int64_t row = g.transposed ? 1 : g.ldo, column = g.transposed ? g.ldo : 1;
+  for (int r = 0; apart && r < g.m; ++r)
+    for (int c = 0; c < g.nc; ++c) g.out[r * row + c * column] = sums[r * kFewRowsCols + c];
 }

@@ -29,38 +29,53 @@ struct FixedRow {
 };
 static_assert(sizeof(FixedRow) <= kSkinnySteps * sizeof(float));
 
-// Blocks [b0, b0 + blocks) of row r of left tiles, of which `tile` holds b0: they share a scale.
-template <class Codes>
-inline void fix_blocks(const Ops::Elem* tile, int r, int b0, int blocks, FixedRow& to) {
-  constexpr int kInfinity = 0x7f80;  // bits of bf16
-  const auto block = [&](int b) { return Vec::load_i32(tile + int64_t{b} * kTileElems + r * kTileSteps); };
+// The bits of the largest of some blocks of a row of left tiles, without its sign.
+inline int largest_of(const Ops::Elem* row, int64_t tile_elems, int blocks) {
   Vec::I32 sizes = Vec::splat_i32(0);
-  for (int b = 0; b < blocks; ++b) sizes = Vec::max16(sizes, Vec::bit_and(block(b), Vec::splat16(0x7fff)));
-  const int largest = Vec::largest16(sizes);
-  // The number below 2^15 whose two bytes are signed is 32639: a significand of all ones takes the next exponent. Those
-  // below 2^-112 stay there, where scales are normal numbers.
-  const int exponent = max_int((largest + 1) >> 7, 15);
-  const float scale = float_of(static_cast<uint32_t>(exponent - 14) << 23) / Codes::kWholeUnit;
-  to.scale[b0 / kFixedBlocks] = largest < kInfinity ? scale : __builtin_nanf("");
-  const Vec::F32 factor = Vec::broadcast(float_of(static_cast<uint32_t>(268 - exponent) << 23));  // 2^14 / 2^exponent
-  for (int b = 0; b < blocks; ++b) {
-    const Vec::I32 pairs = block(b);
-    const auto even = Vec::to_i32(Vec::mul(Vec::as_f32(Vec::shift_left<16>(pairs)), factor));
-    const auto odd = Vec::to_i32(Vec::mul(Vec::as_f32(Vec::high_half(pairs)), factor));
-    Vec::I32 words = Vec::low_words(even, odd);
-    if constexpr (Codes::kWhole == Whole::quads) {
-      to.start[b0 + b] = -128 * Vec::sum_i32(Vec::dot16(words, Vec::splat16(1)));
-      words = Vec::byte_quads(words);
-    }
-    Vec::store_i32(to.words + (b0 + b) * kPairs, words);
-  }
+  for (int b = 0; b < blocks; ++b)
+    sizes = Vec::max16(sizes, Vec::bit_and(Vec::load_i32(row + b * tile_elems), Vec::splat16(0x7fff)));
+  return Vec::largest16(sizes);
 }
 
+// Blocks of a row that share an exponent, kFixedBlocks or, the last, fewer: their words and starts.
 template <class Codes>
-inline void fix_rows(const Ops::Elem* tiles, int rows, int blocks, FixedRow* to) {
-  for (int r = 0; r < rows; ++r)
-    for (int b = 0; b < blocks; b += kFixedBlocks)
-      fix_blocks<Codes>(tiles + int64_t{b} * kTileElems, r, b, min_int(kFixedBlocks, blocks - b), to[r]);
+inline void fix_blocks(const Ops::Elem* row, int64_t tile_elems, int blocks, int exponent, int32_t* words,
+                       int32_t* start) {
+  const Vec::F32 factor = Vec::broadcast(float_of(static_cast<uint32_t>(268 - exponent) << 23));  // 2^14 / 2^exponent
+  Vec::I32 sums[kFixedBlocks] = {};
+#pragma GCC unroll 4
+  for (int b = 0; b < kFixedBlocks && b < blocks; ++b) {
+    const Vec::I32 pairs = Vec::load_i32(row + b * tile_elems);
+    const auto even = Vec::to_i32(Vec::mul(Vec::as_f32(Vec::shift_left<16>(pairs)), factor));
+    const auto odd = Vec::to_i32(Vec::mul(Vec::as_f32(Vec::high_half(pairs)), factor));
+    Vec::I32 both = Vec::low_words(even, odd);
+    if constexpr (Codes::kWhole == Whole::quads) {
+      sums[b] = Vec::dot16(both, Vec::splat16(-128));
+      both = Vec::byte_quads(both);
+    }
+    Vec::store_i32(words + b * kPairs, both);
+  }
+  if constexpr (Codes::kWhole == Whole::quads) Vec::store_sums4(start, sums);
+}
+
+// All exponents first: one pass waits for the activations, which may have left the cache, the other computes.
+template <class Codes>
+inline void fix_rows(const Ops::Elem* tiles, int64_t tile_elems, int rows, int blocks, FixedRow* to) {
+  constexpr int kInfinity = 0x7f80;  // bits of bf16
+  for (int r = 0; r < rows; ++r, tiles += kTileSteps, ++to) {
+    int exponents[kSkinnySteps / (kFixedBlocks * kBlock)];
+    for (int b = 0, part = 0; b < blocks; b += kFixedBlocks, ++part) {
+      const int largest = largest_of(tiles + b * tile_elems, tile_elems, min_int(kFixedBlocks, blocks - b));
+      // The number below 2^15 whose two bytes are signed is 32639: a significand of all ones takes the next exponent.
+      // Those below 2^-112 stay there, where scales are normal numbers.
+      exponents[part] = max_int((largest + 1) >> 7, 15);
+      const float scale = float_of(static_cast<uint32_t>(exponents[part] - 14) << 23) / Codes::kWholeUnit;
+      to->scale[part] = largest < kInfinity ? scale : __builtin_nanf("");
+    }
+    for (int b = 0, part = 0; b < blocks; b += kFixedBlocks, ++part)
+      fix_blocks<Codes>(tiles + b * tile_elems, tile_elems, blocks - b, exponents[part], to->words + b * kPairs,
+                        to->start + b);
+  }
 }
 
 // Whole sums of a block row: [half][row of x][pairs: those of even and of odd pairs; quads: of high and of low bytes].
@@ -183,8 +198,8 @@ template <class R, int Rows>
 inline void fixed_packed(const SkinnyChunk& c, int first, int strips) {
   const int kb = c.q0 / kBlock, blocks = static_cast<int>(ceil_div(c.nq, kBlock));
   auto* x = reinterpret_cast<FixedRow*>(c.rows);
-  fix_rows<typename R::Codes>(static_cast<const Ops::Elem*>(c.term.act) + int64_t{kb} * kTileElems, Rows, blocks, x);
+  const int64_t elems = left_tile_elems(c.g, c.term);
+  fix_rows<typename R::Codes>(static_cast<const Ops::Elem*>(c.term.act) + kb * elems, elems, Rows, blocks, x);
   for (int s = 0; s < strips; ++s)
-    fixed_forward<R, Rows>(*c.term.packed, first + s, kb, blocks, x, c.stream(first + s), c.out + s * kBlock,
-                           kFewRowsCols);
+    fixed_forward<R, Rows>(*c.term.packed, first + s, kb, blocks, x, c.stream(first + s), c.out + s * kBlock, c.ldo);
 }

@@ -109,13 +109,21 @@ struct Vec {
     const I32 order = _mm512_broadcast_i32x4(_mm_setr_epi8(1, 9, 3, 11, 0, 8, 2, 10, 5, 13, 7, 15, 4, 12, 6, 14));
     return _mm512_shuffle_epi8(bit_xor(_mm512_add_epi16(v, splat16(128)), splat16(128)), order);
   }
-  // The largest of 32 words that are not negative; the sum of all lanes.
+  // The largest of 32 words that are not negative.
   static int largest16(I32 v) {
     const __m256i half = _mm256_max_epi16(_mm512_castsi512_si256(v), _mm512_extracti64x4_epi64(v, 1));
     const __m128i quarter = _mm_max_epi16(_mm256_castsi256_si128(half), _mm256_extracti128_si256(half, 1));
     return 0xffff ^ _mm_extract_epi16(_mm_minpos_epu16(_mm_xor_si128(quarter, _mm_set1_epi16(-1))), 0);
   }
-  static int32_t sum_i32(I32 v) { return _mm512_reduce_add_epi32(v); }
+  // The sums of all lanes of four.
+  static void store_sums4(int32_t* to, const I32 (&v)[4]) {
+    const I32 first = _mm512_add_epi32(_mm512_unpacklo_epi32(v[0], v[1]), _mm512_unpackhi_epi32(v[0], v[1]));
+    const I32 second = _mm512_add_epi32(_mm512_unpacklo_epi32(v[2], v[3]), _mm512_unpackhi_epi32(v[2], v[3]));
+    const I32 all = _mm512_add_epi32(_mm512_unpacklo_epi64(first, second), _mm512_unpackhi_epi64(first, second));
+    const __m256i half = _mm256_add_epi32(_mm512_castsi512_si256(all), _mm512_extracti64x4_epi64(all, 1));
+    const __m128i sums = _mm_add_epi32(_mm256_castsi256_si128(half), _mm256_extracti128_si256(half, 1));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(to), sums);
+  }
 #endif
 
 #ifdef __AVX512BF16__

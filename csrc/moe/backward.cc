@@ -241,8 +241,9 @@ struct Backward {
                        s.rows,
                        0,
                        nc,
-                       tiles_of(h_tiles, s, F) + c0 / kTileSteps * plan.kernels.tile_bytes,
-                       ceil_div(F, kTileSteps)});
+                       tiles_of(h_tiles, s, F) + c0 / kTileSteps * plan.left_tile_bytes(s.rows),
+                       ceil_div(F, kTileSteps),
+                       s.rows <= kSkinnyRows});
   }
 
   void gradient_block(const Segment& s, const ColumnTask& t, const Plan::ThreadBuffers& b) const {

@@ -51,9 +51,9 @@ struct Forward {
                         s.rows,
                         0,
                         nc,
-                        plan.tile(h, s.tile0, f_tiles) + c0 / kTileSteps * plan.kernels.tile_bytes,
+                        plan.tile(h, s.tile0, f_tiles) + c0 / kTileSteps * plan.left_tile_bytes(s.rows),
                         f_tiles,
-                        s.rows > kSkinnyRows};
+                        s.rows <= kSkinnyRows};
     if (plan.in_int8(s)) h8.quantize(plan.kernels, s.tile0, c0, pack.view, 0, s.rows, nc);
     if (!plan.in_int8(s) || (h_lora == h && call.lora.factors[kDown].rank > 0)) plan.kernels.pack(pack);
     if (h_lora == h) return;
@@ -62,7 +62,7 @@ struct Forward {
       for (int c = 0; c < nc; ++c) hidden[r * nc + c] *= keep[c] ? call.lora.keep_scale : 0.0f;
     }
     PackArgs dropped = pack;
-    dropped.dst = plan.tile(h_lora, s.tile0, f_tiles) + c0 / kTileSteps * plan.kernels.tile_bytes;
+    dropped.dst = plan.tile(h_lora, s.tile0, f_tiles) + c0 / kTileSteps * plan.left_tile_bytes(s.rows);
     plan.kernels.pack(dropped);
   }
 
@@ -107,10 +107,16 @@ struct Forward {
       GemmTerm adapter{};
       if (f.rank > 0) {
         factor = factor_b(f, s.expert, D, Reduce::rank);
-        adapter = {plan.tile(ha_tiles, s.tile0, ceil_div(f.rank, kTileSteps)), f.rank, nullptr, &factor};
+        adapter = {plan.tile(ha_tiles, s.tile0, ceil_div(f.rank, kTileSteps)),
+                   f.rank,
+                   nullptr,
+                   &factor,
+                   0,
+                   s.rows <= kSkinnyRows};
       }
       const bool last = i + 1 == wave.end;
-      const Upcoming upcoming{plan.weights.matrix(plan.segments[last ? i : i + 1].expert, kDown), c0};
+      const Segment& next = plan.segments[last ? i : i + 1];
+      const Upcoming upcoming = plan.upcoming(next, kDown, c0, plan.tile(h, next.tile0, ceil_div(F, kTileSteps)));
       segment_product(plan, b, s, c0, nc,
                       {packed, plan.tile(h, s.tile0, ceil_div(F, kTileSteps)), h8, F, f.rank > 0 ? &adapter : nullptr,
                        b.rows[0], b.rows[1], last ? nullptr : &upcoming});
@@ -147,7 +153,10 @@ struct Forward {
         ColumnTask next;
         Upcoming upcoming;
         const bool more = hidden_tasks.after(task, plan.threads, &next);
-        if (more) upcoming = {plan.weights.matrix(plan.segments[wave.begin + next.piece].expert, kGate), next.c0};
+        if (more) {
+          const Segment& s = plan.segments[wave.begin + next.piece];
+          upcoming = plan.upcoming(s, kGate, next.c0, gate_up.left_tiles(plan, s));
+        }
         hidden_block(plan.segments[wave.begin + t.piece], t.c0, t.nc, more ? &upcoming : nullptr, plan.thread[thread]);
       });
       down_rank_products(wave);

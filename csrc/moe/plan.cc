@@ -141,19 +141,27 @@ bool ColumnTasks::after(int64_t task, int threads, ColumnTask* next) const {
 void rank_product(const Plan& plan, const Plan::ThreadBuffers& buffers, int rows, const RankProduct& p) {
   for (int c0 = 0; c0 < p.rank; c0 += kMaxCols) {
     const int nc = std::min(kMaxCols, p.rank - c0);
-    const GemmTerm term{p.act, p.q, nullptr, &p.factor};
+    const GemmTerm term{p.act, p.q, nullptr, &p.factor, 0, rows <= kSkinnyRows};
     plan.kernels.gemm({p.side, &term, 1, rows, c0, nc, p.small + c0, p.rank, buffers.gemm});
   }
   for (int64_t i = 0; i < int64_t{rows} * p.rank; ++i) p.small[i] *= p.scale;
   if (p.tiles == nullptr) return;
-  plan.kernels.pack({p.side, {p.small, true, p.rank, 1}, 0, rows, 0, p.rank, p.tiles, ceil_div(p.rank, kTileSteps)});
+  plan.kernels.pack({p.side,
+                     {p.small, true, p.rank, 1},
+                     0,
+                     rows,
+                     0,
+                     p.rank,
+                     p.tiles,
+                     ceil_div(p.rank, kTileSteps),
+                     rows <= kSkinnyRows});
 }
 
 void segment_product(const Plan& plan, const Plan::ThreadBuffers& buffers, const Segment& s, int c0, int nc,
                      const SegmentProduct& p) {
   const bool adapted = p.adapter != nullptr;
   if (!plan.in_int8(s)) {
-    const GemmTerm base{p.act, p.q, &p.packed, nullptr};
+    const GemmTerm base{p.act, p.q, &p.packed, nullptr, 0, s.rows <= kSkinnyRows};
     const GemmTerm terms[2] = {base, adapted ? *p.adapter : base};
     plan.kernels.gemm({Side::left, terms, adapted ? 2 : 1, s.rows, c0, nc, p.out, nc, buffers.gemm, false, p.upcoming});
     return;
@@ -175,14 +183,17 @@ void pack_tokens(const Plan& plan, const Wave& wave, Side side, const uint16_t* 
                  bool few_rows_only) {
   constexpr int kRowsPerTask = 4 * kTileRows;
   const int64_t q_tiles = ceil_div(width, kTileSteps);
-  const int64_t tasks = ceil_div(plan.most_rows(wave), kRowsPerTask);
+  const int most = plan.most_rows(wave);
+  const int64_t tasks = ceil_div(most, kRowsPerTask);
+  const auto lies = [&](int rows) { return side == Side::left && plan.is_left_tiles(rows, width); };
+  if (lies(most)) return;
   parallel_for((wave.end - wave.begin) * tasks, [&](int64_t task, int) {
     const Segment& s = plan.segments[wave.begin + task / tasks];
     const int row = static_cast<int>(task % tasks) * kRowsPerTask;
-    if (row >= s.rows || (few_rows_only && s.rows > kSkinnyRows)) return;
+    if (row >= s.rows || (few_rows_only && s.rows > kSkinnyRows) || lies(s.rows)) return;
     const DenseView view{matrix, false, width, 1, plan.token + s.row0};
     plan.kernels.pack({side, view, row, std::min(kRowsPerTask, s.rows - row), 0, width,
-                       plan.tile(tiles, s.tile0 + row / kTileRows, q_tiles), q_tiles, s.rows > kSkinnyRows});
+                       plan.tile(tiles, s.tile0 + row / kTileRows, q_tiles), q_tiles, s.rows <= kSkinnyRows});
   });
 }
 
@@ -224,11 +235,11 @@ void GateUpBuffers::prepare(const Plan& plan, const Wave& wave) const {
     const Segment& s = plan.segments[wave.begin + task / 2];
     const LoraFactors& f = lora.factors[task % 2];
     if (f.rank == 0) return;
-    rank_product(
-        plan, plan.thread[thread], s.rows,
-        {Side::left, plan.tile(x_lora, s.tile0, ceil_div(D, kTileSteps)), D, factor_a(f, s.expert, D, Reduce::features),
-         f.rank, lora.scaling, xa[task % 2] + int64_t{s.tile0} * kTileRows * f.rank,
-         plan.tile(xa_tiles[task % 2], s.tile0, ceil_div(f.rank, kTileSteps))});
+    rank_product(plan, plan.thread[thread], s.rows,
+                 {Side::left, plan.left_tiles(s, lora.x != nullptr ? lora.x : plan.call.x, D, x_lora), D,
+                  factor_a(f, s.expert, D, Reduce::features), f.rank, lora.scaling,
+                  xa[task % 2] + int64_t{s.tile0} * kTileRows * f.rank,
+                  plan.tile(xa_tiles[task % 2], s.tile0, ceil_div(f.rank, kTileSteps))});
   });
 }
 
@@ -242,12 +253,17 @@ void GateUpBuffers::compute(const Plan& plan, const Plan::ThreadBuffers& buffers
     GemmTerm adapter{};
     if (f.rank > 0) {
       factor = factor_b(f, s.expert, F, Reduce::rank);
-      adapter = {plan.tile(xa_tiles[p], s.tile0, ceil_div(f.rank, kTileSteps)), f.rank, nullptr, &factor};
+      adapter = {plan.tile(xa_tiles[p], s.tile0, ceil_div(f.rank, kTileSteps)),
+                 f.rank,
+                 nullptr,
+                 &factor,
+                 0,
+                 s.rows <= kSkinnyRows};
     }
     const Upcoming up{plan.weights.matrix(s.expert, kUp), c0};
     segment_product(plan, buffers, s, c0, nc,
-                    {packed, plan.tile(x, s.tile0, ceil_div(D, kTileSteps)), x8, D, f.rank > 0 ? &adapter : nullptr,
-                     buffers.rows[p], buffers.rows[2], p == kGate ? &up : upcoming});
+                    {packed, left_tiles(plan, s), x8, D, f.rank > 0 ? &adapter : nullptr, buffers.rows[p],
+                     buffers.rows[2], p == kGate ? &up : upcoming});
     add_bias(plan.weights.bias(s.expert, static_cast<Projection>(p)), c0, nc, s.rows, buffers.rows[p]);
   }
 }

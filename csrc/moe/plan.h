@@ -51,6 +51,25 @@ struct Plan {
   void* take_tiles(Workspace& workspace, int64_t q) const {
     return workspace.take<char>(wave_tile_limit * ceil_div(q, kTileSteps) * kernels.tile_bytes);
   }
+  // From one left tile of a segment of so many rows to the next: few rows lie alone.
+  int64_t left_tile_bytes(int rows) const {
+    return static_cast<int64_t>(kernels.tile_bytes) / kTileRows * (rows <= kSkinnyRows ? rows : kTileRows);
+  }
+  // Whether a single row of a (T, width) bf16 matrix is what its left tiles would be.
+  bool is_left_tiles(int rows, int width) const {
+    return rows == 1 && width % kTileSteps == 0 && kernels.tile_bytes == kTileRows * kTileSteps * sizeof(uint16_t);
+  }
+  // The left tiles of a segment: its row of the matrix, or where pack_tokens puts them.
+  const void* left_tiles(const Segment& s, const uint16_t* matrix, int width, void* tiles) const {
+    if (is_left_tiles(s.rows, width)) return matrix + int64_t{token[s.row0]} * width;
+    return tile(tiles, s.tile0, ceil_div(width, kTileSteps));
+  }
+  // A product of a segment with columns from c0 on of a projection.
+  Upcoming upcoming(const Segment& s, Projection projection, int c0, const void* act) const {
+    const PackedMatrix packed = weights.matrix(s.expert, projection);
+    const int64_t tiles = ceil_div(packed.cols, kTileSteps);
+    return {packed, c0, act, s.rows <= kSkinnyRows ? tiles * left_tile_bytes(s.rows) : 0};
+  }
   int64_t wave_rows() const { return wave_tile_limit * kTileRows; }
   // Columns of a task: enough tasks for all threads, and at most so many columns.
   int column_step(int columns, int64_t pieces, int most) const;
@@ -138,12 +157,15 @@ void rank_product(const Plan& plan, const Plan::ThreadBuffers& buffers, int rows
 
 // Gate and up of the segments of a wave, shared by forward and by a recomputing backward.
 struct GateUpBuffers {
-  void *x, *x_lora;   // left tiles (rows, D); x_lora == x unless the call has its own
+  void *x, *x_lora;   // for Plan::left_tiles (rows, D); x_lora == x unless the call has its own
   Int8Rows x8;        // X, for segments computed in int8
   float* xa[2];       // (wave rows, R): s X' A^T
   void* xa_tiles[2];  // the same as left tiles
   void take(const Plan& plan, Workspace& workspace);
   void prepare(const Plan& plan, const Wave& wave) const;  // packs x, computes xa
+  const void* left_tiles(const Plan& plan, const Segment& s) const {
+    return plan.left_tiles(s, plan.call.x, plan.weights.hidden, x);
+  }
   // gate and up of columns [c0, c0 + nc) into buffers.rows[0] and [1], ld = nc.
   void compute(const Plan& plan, const Plan::ThreadBuffers& buffers, const Segment& segment, int c0, int nc,
                const Upcoming* upcoming) const;
@@ -165,7 +187,8 @@ void segment_product(const Plan& plan, const Plan::ThreadBuffers& buffers, const
 // rows[r][c] += bias[c0 + c] for rows of leading dimension nc; nothing if bias is null.
 void add_bias(const float* bias, int c0, int nc, int rows, float* to);
 
-// Packs gathered rows of a (T, width) bf16 matrix for every segment of the wave, or only for those of few rows.
+// Packs gathered rows of a (T, width) bf16 matrix for every segment of the wave, or only for those of few rows. Rows
+// that are left tiles as they lie are left there.
 void pack_tokens(const Plan& plan, const Wave& wave, Side side, const uint16_t* matrix, int width, void* tiles,
                  bool few_rows_only = false);
 // Quantises them for every segment of more rows; folded: a projection whose scales of rows are multiplied in, or -1.

@@ -195,6 +195,12 @@ def moe_experts(
     fewer, all products are bf16. Raises ValueError on shapes, dtypes, devices or expert ids that do not fit, and on a
     compute type that this CPU or these weights do not allow.
     """
+    keep_openmp_from_spinning()
+    plain = lora is None and kernels is LOCAL and compute_type == gradient_compute_type == "bf16"
+    if plain and activation_policy in POLICIES and not torch.is_grad_enabled():
+        out_TD = LOCAL.few_tokens(packed, hidden_states, topk_ids, topk_weights)
+        if out_TD is not None:
+            return out_TD
     call, tensors = checked_arguments(
         hidden_states,
         topk_ids,
@@ -206,7 +212,6 @@ def moe_experts(
         gradient_compute_type=gradient_compute_type,
         kernels=kernels,
     )
-    keep_openmp_from_spinning()
     if call.differentiable:
         return _MoeExperts.apply(call, *tensors)
     forward = Forward(call, *tensors)

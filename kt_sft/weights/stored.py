@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .checkpoint import Checkpoint
 from .gguf import GgufCheckpoint
-from .quantized import PEAK, QuantizedWeight
+from .quantized import PEAK, SCALES_BELOW, QuantizedWeight
 
 _DAMAGED = "; the checkpoint is damaged: download it again"
 
@@ -92,12 +92,15 @@ class Stored:
             raise self.error(suffix, f"finite {what}", f"{found}{_DAMAGED}")
 
     def require_scales(self, suffix: str, weight: QuantizedWeight, *, positive: bool) -> None:
-        """Raise ValueError if a scale is NaN, makes a weight overflow or, with ``positive``, is zero or less.
+        """Raise ValueError if a scale is NaN, too large or, with ``positive``, is zero or less.
 
         Most quantisers never write zero; a hole in a download reads as zeros.
         """
         scales = weight.scale_values()
         self.require_finite(suffix, scales * PEAK[weight.kind], "scales")
+        limit = SCALES_BELOW.get(weight.kind)
+        if limit is not None and scales.abs().max() >= limit:
+            raise self.error(suffix, f"scales below {limit:g}", f"{scales.abs().max().item():g}{_DAMAGED}")
         if positive and scales.min() <= 0:
             raise self.error(suffix, "scales above zero", f"{scales.min().item():g}{_DAMAGED}")
 

@@ -179,8 +179,9 @@ def test_several_forwards_before_one_backward():
             assert torch.equal(tensor.grad, expected[f"{prefix}.{name}"]), name
 
 
-def test_no_grad_and_autocast():
-    layer = Case()
+@pytest.mark.parametrize("rank", [0, 8])
+def test_no_grad_and_autocast(rank):
+    layer = Case(R=rank)
     expected = layer.run()["out"]
     with torch.no_grad():
         assert torch.equal(layer.forward(), expected)
@@ -230,6 +231,32 @@ def test_calls_from_several_threads():
     assert not failures
 
 
+@pytest.mark.parametrize("tokens", [0, 1, 5])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"x": lambda c: c.x.T.contiguous().T},
+        {"x": lambda c: c.x.float()},
+        {"x": lambda c: torch.cat([c.x.flatten()[:1], c.x.flatten()])[1:].view(c.x.shape)},  # two bytes off
+        {"ids": lambda c: c.ids.int()},
+        {"ids": lambda c: torch.stack([c.ids, c.ids], -1)[..., 0]},
+        {"weights": lambda c: c.weights.double()},
+    ],
+    ids=["strided", "fp32", "unaligned", "int32", "strided_ids", "fp64_weights"],
+)  # fmt: skip
+def test_inference_takes_what_training_takes(isa, tokens, change):
+    """Tensors as the kernels take them pass without a check in Python; any others as in a recorded call."""
+    layer = Case(T=tokens, R=0)
+    with torch.no_grad():
+        expected = layer.forward()
+        for name, make in change.items():
+            setattr(layer, name, make(layer))
+        assert torch.equal(layer.forward().to(expected.dtype), expected)
+    assert expected.dtype is torch.bfloat16 and not expected.requires_grad
+
+
+@pytest.mark.parametrize("rank", [0, 8])
+@pytest.mark.parametrize("record", [True, False], ids=["training", "inference"])
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -242,18 +269,19 @@ def test_calls_from_several_threads():
         ({"weights": lambda c: c.weights.to("meta")}, "topk_weights: expected the device of hidden_states"),
     ],
 )  # fmt: skip
-def test_bad_arguments_raise_value_errors(change, message):
-    layer = Case(K=4)
+def test_bad_arguments_raise_value_errors(change, message, record, rank):
+    layer = Case(K=4, R=rank)
     for name, make in change.items():
         setattr(layer, name, make(layer))
-    with pytest.raises(ValueError, match=message):
+    with torch.set_grad_enabled(record), pytest.raises(ValueError, match=message):
         layer.forward()
 
 
 def test_bad_factors_and_settings_raise_value_errors():
     layer = Case()
-    with pytest.raises(ValueError, match="activation_policy: expected retain or recompute"):
-        layer.forward("forget")
+    for case in (layer, Case(R=0)):
+        with torch.no_grad(), pytest.raises(ValueError, match="activation_policy: expected retain or recompute"):
+            case.forward("forget")
     with pytest.raises(ValueError, match="dropout: expected"):
         ExpertsLora(**layer.factors, dropout=1.0)
     with pytest.raises(ValueError, match="both or none of gate_a and gate_b"):

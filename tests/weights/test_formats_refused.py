@@ -100,6 +100,7 @@ VALUES: list[tuple[str, str, Change, str]] = [
     ("fp8_block", f"{GATE}.weight_scale_inv", filled(NAN), "expected finite scales, got NaN"),
     ("fp8_block", f"{GATE}.weight_scale_inv", filled(INF), "expected finite scales, got Inf"),
     ("fp8_block", f"{GATE}.weight_scale_inv", filled(1e37), "expected finite scales, got Inf"),
+    ("fp8_block", f"{GATE}.weight_scale_inv", filled(256.0), "expected scales below 256, got 256"),
     ("fp8_block", f"{GATE}.weight_scale_inv", filled(0.0), "expected scales above zero, got 0"),
     ("fp8_block", f"{GATE}.weight_scale_inv", filled(-0.1), "expected scales above zero, got -0.1"),
     ("fp8_channel", f"{GATE}.weight_scale", filled(0.0), "expected scales above zero, got 0"),

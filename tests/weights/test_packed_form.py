@@ -135,6 +135,27 @@ def test_products_in_both_directions(isa, name, rows):
         assert ((out.double() - act.double() @ weight.T).abs() <= bound).all()
 
 
+@pytest.mark.parametrize("name", ["fp8", "fp8_channel"])
+def test_fp8_scales_up_to_the_largest(isa, name):
+    """The kernels multiply them by 2^120, which may not overflow; subnormal codes and scales keep their bits."""
+    weight = MAKERS[name](256, 128)
+    weight.scales[0], weight.scales[-1] = 255, 1e-38
+    packed = PackedExperts.empty(1, 128, 256, (format_of(weight),) * 2 + (format_of(MAKERS[name](128, 256)),))
+    pack(packed, 0, 0, weight)
+    act = torch.randn(40, 128).to(torch.bfloat16)
+    for rows in (1, 5, 16, 40):
+        for transposed in (False, True):
+            x = act[:rows] if not transposed else torch.randn(rows, 256).to(torch.bfloat16)
+            exact = weight.dequantize().bfloat16().double()
+            exact = exact if transposed else exact.T
+            out = torch.full((rows, exact.shape[1]), float("nan"))
+            native.product(*packed.native_args(), 0, 0, transposed, x, out)
+            assert ((out.double() - x.double() @ exact).abs() <= 0.01 * (x.double().abs() @ exact.abs()) + 1e-30).all()
+    weight.scales[0] = 256
+    with pytest.raises(ValueError, match=r"scales: expected values below 256 for fp8.*, got 256"):
+        pack(packed, 0, 0, weight)
+
+
 def test_a_layer_of_mixed_formats_trains_like_its_bf16_values():
     """What GGUF's mixed files have: gate and up in one format, down in another."""
     E, D, F, T, K, R = 4, 256, 512, 64, 2, 8
@@ -218,7 +239,7 @@ def test_scales_of_every_type_have_to_be_finite(maker, bad):
     packed = PackedExperts.empty(1, 64, 64, (format_of(weight),) * 3)
     if weight.scales.shape[1] == 1:  # as of a slice of a checkpoint's tensor; still contiguous
         weight = replace(weight, scales=weight.scales.as_strided(weight.scales.shape, (1, 3)))
-    weight.scales[-1, -1] = torch.finfo(weight.scales.dtype).max
+    weight.scales[-1, -1] = 255 if maker == "fp8" else torch.finfo(weight.scales.dtype).max
     pack(packed, 0, 0, weight)
     weight.scales[-1, -1] = float(bad)
     with pytest.raises(ValueError, match="scales: expected finite values, got NaN or Inf"):
