@@ -45,10 +45,9 @@ struct PackArgs {
   Side side;
   DenseView view;
   int c0, nc, q0, nq;
-  void* dst;         // tile (c0, q0); the rest of the last tiles is filled with zeros
-  int64_t q_stride;  // tiles from one row of tiles to the next
-  bool few_rows =
-      false;  // left tiles hold the nc rows alone, up to kSkinnyRows of a matrix that has no others; qs == 1
+  void* dst;              // tile (c0, q0); the rest of the last tiles is filled with zeros
+  int64_t q_stride;       // tiles from one row of tiles to the next
+  bool few_rows = false;  // nc, all of the matrix's, at most kSkinnyRows: left tiles hold these alone; view.qs == 1
 };
 
 // Rows [row0, row0 + rows) of a row-major matrix (view.qs == 1), columns [0, nq) from the view's base on, to int8.
