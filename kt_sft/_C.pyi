@@ -51,6 +51,9 @@ def product_int8(
     packed: PackedHandle, expert: int, projection: int, transposed: bool, act: Tensor, group: int, out: Tensor, /
 ) -> None: ...
 
+# a result in bf16, None if the tensors do not fit as they are or x has more numbers than most
+def few_tokens(packed: PackedHandle, x: Tensor, ids: Tensor, weights: Tensor, most: int, /) -> Tensor | None: ...
+
 # lora: factors and settings by name; backward also takes grad_<factor>
 def forward(
     packed: PackedHandle,

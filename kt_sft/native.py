@@ -62,6 +62,7 @@ copy = _C.copy
 unpack = _C.unpack
 product = _C.product
 product_int8 = _C.product_int8
+few_tokens = _C.few_tokens
 forward = _C.forward
 backward = _C.backward
 

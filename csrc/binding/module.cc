@@ -81,7 +81,7 @@ class PackedHandle {
     biases_ = py::make_tuple(gate, up, down);  // kept alive
   }
   const ExpertWeights& weights() const {
-    KT_CHECK(address(storage_) == reinterpret_cast<uintptr_t>(weights_.storage),
+    KT_CHECK(Tensor(storage_, "storage").address() == weights_.storage,
              "storage: expected the memory that these experts were made of, got a tensor that was moved since");
     return weights_;
   }
@@ -99,14 +99,12 @@ PackedMatrix checked_matrix(const ExpertWeights& w, int expert, int projection) 
 
 // Memory of a CPU tensor that has not been written yet.
 void wish_huge_pages(const py::object& tensor, bool wish) {
-  check_is_tensor(tensor, "tensor");
-  advise_huge_pages(reinterpret_cast<void*>(address(tensor)), tensor.attr("nbytes").cast<size_t>(), wish);
+  advise_huge_pages(Tensor(tensor, "tensor").address(), tensor.attr("nbytes").cast<size_t>(), wish);
 }
 
 // Mapped memory of a CPU tensor from a page's beginning on, whose last page holds nothing else.
 void map_file(const py::object& tensor, int fd, int64_t offset) {
-  check_is_tensor(tensor, "tensor");
-  void* memory = reinterpret_cast<void*>(address(tensor));
+  void* memory = Tensor(tensor, "tensor").address();
   const auto bytes = tensor.attr("nbytes").cast<size_t>();
   const size_t page = page_bytes();
   KT_CHECK(reinterpret_cast<uintptr_t>(memory) % page == 0 && offset % static_cast<int64_t>(page) == 0,
@@ -144,9 +142,9 @@ void pack_quantised(const PackedHandle& packed, int expert, int projection, cons
     KT_CHECK(ceil_div(m.cols, plane.columns) == m.plane_groups(count),
              "group_size: expected groups that end within the last 32 columns, got ", plane.columns);
     KT_CHECK(count < static_cast<int>(planes.size()), "planes: expected more than ", planes.size());
-    const std::vector<int64_t> shape{plane.lanes == 1 ? m.row_blocks() : m.rows,
-                                     int64_t{m.plane_groups(count)} * plane.bytes};
-    plane_data[count] = tensor<uint8_t>(planes[count], "scales", {Dtype::u8}, shape);
+    plane_data[count] =
+        tensor<uint8_t>(planes[count], "scales", {Dtype::u8},
+                        {plane.lanes == 1 ? m.row_blocks() : m.rows, int64_t{m.plane_groups(count)} * plane.bytes});
   }
   KT_CHECK(count == static_cast<int>(planes.size()), "planes: expected ", count, ", got ", planes.size());
   if (m.format == Format::fp8 || m.format == Format::fp8_channel) {
@@ -185,10 +183,10 @@ void unpack(const PackedHandle& packed, int expert, int projection, const py::ob
 void product(const PackedHandle& packed, int expert, int projection, bool transposed, const py::object& act,
              const py::object& out) {
   const PackedMatrix m = checked_matrix(packed.weights(), expert, projection);
-  check_is_tensor(act, "act");
-  const auto shape = shape_of(act);
+  const Tensor left(act, "act");
+  const Tensor::Shape shape = left.shape();
   KT_CHECK(shape.size() == 2, "act: expected two dimensions, got ", dims(shape));
-  const uint16_t* act_data = tensor<uint16_t>(act, "act", {Dtype::bf16}, {shape[0], transposed ? m.rows : m.cols});
+  const uint16_t* act_data = left.data<uint16_t>({Dtype::bf16}, {shape[0], transposed ? m.rows : m.cols});
   float* out_data = tensor<float>(out, "out", {Dtype::f32}, {shape[0], transposed ? m.cols : m.rows});
   py::gil_scoped_release release;
   packed_product(m, transposed ? Side::right : Side::left, act_data, shape[0], out_data);
@@ -205,12 +203,12 @@ void product_int8(const PackedHandle& packed, int expert, int projection, bool t
                   int group, const py::object& out) {
   const PackedMatrix m = checked_matrix(packed.weights(), expert, projection);
   check_int8(m);
-  check_is_tensor(act, "act");
-  const auto shape = shape_of(act);
+  const Tensor left(act, "act");
+  const Tensor::Shape shape = left.shape();
   KT_CHECK(shape.size() == 2, "act: expected two dimensions, got ", dims(shape));
   KT_CHECK(group > 0 && group % kSteps8 == 0 && group <= kMaxGroup8, "group: expected a multiple of ", kSteps8,
            " up to ", kMaxGroup8, ", got ", group);
-  const uint16_t* act_data = tensor<uint16_t>(act, "act", {Dtype::bf16}, {shape[0], transposed ? m.rows : m.cols});
+  const uint16_t* act_data = left.data<uint16_t>({Dtype::bf16}, {shape[0], transposed ? m.rows : m.cols});
   float* out_data = tensor<float>(out, "out", {Dtype::f32}, {shape[0], transposed ? m.cols : m.rows});
   py::gil_scoped_release release;
   packed_product8(m, transposed ? Side::right : Side::left, act_data, shape[0], group, out_data);
@@ -237,13 +235,13 @@ LoraFactors lora_factors(const py::dict& lora, const FactorNames& names, int exp
   KT_CHECK(bool(a) == bool(b), "lora: expected both or none of ", names.a.text, " and ", names.b.text);
   LoraFactors f;
   if (!a) return f;
-  check_is_tensor(a, names.a.text);
-  const auto shape = shape_of(a);
+  const Tensor first(a, names.a.text);
+  const Tensor::Shape shape = first.shape();
   KT_CHECK(shape.size() == 3 && shape[1] >= 1 && shape[1] <= 65536, names.a.text, ": expected shape (E, R, ", in,
            "), got ", dims(shape));
   f.rank = static_cast<int>(shape[1]);
   Dtype dtype;
-  f.a = tensor<void>(a, names.a.text, {Dtype::bf16, Dtype::f32}, {experts, f.rank, in}, &dtype);
+  f.a = first.data<void>({Dtype::bf16, Dtype::f32}, {experts, f.rank, in}, &dtype);
   f.a_float = dtype == Dtype::f32;
   f.b = tensor<void>(b, names.b.text, {Dtype::bf16, Dtype::f32}, {experts, out, f.rank}, &dtype);
   f.b_float = dtype == Dtype::f32;
@@ -269,10 +267,9 @@ Lora lora_args(const py::dict& dict, const ExpertWeights& w, int64_t T, int64_t 
   return lora;
 }
 
-LayerCall layer_call(const ExpertWeights& w, const py::object& x, const py::object& ids, const py::object& weights,
+LayerCall layer_call(const ExpertWeights& w, const Tensor& x, const Tensor& ids, const Tensor& weights,
                      const py::dict& lora, const py::object& gate_up, bool int8) {
-  check_is_tensor(ids, "topk_ids");
-  const auto shape = shape_of(ids);
+  const Tensor::Shape shape = ids.shape();
   KT_CHECK(shape.size() == 2 && shape[1] >= 1, "topk_ids: expected shape (T, K), got ", dims(shape));
   const int64_t T = shape[0], K = shape[1], D = w.hidden, F = w.intermediate;
   KT_CHECK(T * K < (int64_t{1} << 31), "topk_ids: at most 2^31 - 1 routed rows in one call, got ", T * K);
@@ -281,9 +278,9 @@ LayerCall layer_call(const ExpertWeights& w, const py::object& x, const py::obje
     for (Projection p : {kGate, kUp, kDown}) check_int8(w.matrix(0, p));
   c.compute = int8 ? Compute::int8 : Compute::bf16;
   c.tokens = T, c.top_k = static_cast<int>(K);
-  c.x = tensor<uint16_t>(x, "hidden_states", {Dtype::bf16}, {T, D});
-  c.ids = tensor<int64_t>(ids, "topk_ids", {Dtype::i64}, {T, K});
-  c.weights = tensor<float>(weights, "topk_weights", {Dtype::f32}, {T, K});
+  c.x = x.data<uint16_t>({Dtype::bf16}, {T, D});
+  c.ids = ids.data<int64_t>({Dtype::i64}, {T, K});
+  c.weights = weights.data<float>({Dtype::f32}, {T, K});
   static const Name share("share");  // other processes compute the slots of id -1
   const int64_t lowest = item(lora, share) ? -1 : 0;
   for (int64_t i = 0; i < T * K; ++i)
@@ -300,10 +297,37 @@ LayerCall layer_call(const ExpertWeights& w, const py::object& x, const py::obje
   return c;
 }
 
+// A result of its own in bf16, or None if the tensors are not as the kernels take them or x has more numbers than
+// `most`. One call of what every token passes, whose lines have left the caches since the one before.
+py::object few_tokens(const PackedHandle& packed, const py::object& x, const py::object& ids, const py::object& weights,
+                      int64_t most) {
+  const Tensor x_tensor(x, "hidden_states"), ids_tensor(ids, "topk_ids"), weights_tensor(weights, "topk_weights");
+  if (!x_tensor.is(Dtype::bf16) || x_tensor.elements() > most || !ids_tensor.is(Dtype::i64) ||
+      !weights_tensor.is(Dtype::f32))
+    return py::none();
+  const ExpertWeights& w = packed.weights();
+  LayerCall call;
+  try {
+    call = layer_call(w, x_tensor, ids_tensor, weights_tensor, py::dict(), py::none(), false);
+  } catch (const std::invalid_argument&) {
+    return py::none();
+  }
+  const py::object out = py::reinterpret_steal<py::object>(PyObject_CallOneArg(Torch::get().empty_like.ptr(), x.ptr()));
+  if (!out) throw py::error_already_set();
+  LayerOutput output{};
+  output.bf16 = tensor<uint16_t>(out, "out", {Dtype::bf16}, {call.tokens, w.hidden});
+  {
+    py::gil_scoped_release release;
+    experts_forward(w, call, output);
+  }
+  return out;
+}
+
 void forward(const PackedHandle& packed, const py::object& x, const py::object& ids, const py::object& weights,
              const py::dict& lora, const py::object& gate_up, bool int8, const py::object& out) {
   const ExpertWeights& w = packed.weights();
-  const LayerCall call = layer_call(w, x, ids, weights, lora, gate_up, int8);
+  const LayerCall call = layer_call(w, Tensor(x, "hidden_states"), Tensor(ids, "topk_ids"),
+                                    Tensor(weights, "topk_weights"), lora, gate_up, int8);
   Dtype dtype;
   void* out_data = tensor<void>(out, "out", {Dtype::f32, Dtype::bf16}, {call.tokens, w.hidden}, &dtype);
   LayerOutput output{};
@@ -322,7 +346,8 @@ void backward(const PackedHandle& packed, const py::object& x, const py::object&
               const py::object& grad_weights) {
   const ExpertWeights& w = packed.weights();
   KT_CHECK(int8 || !int8_gradients, "gradients: int8 products need int8 products in forward, too");
-  LayerCall call = layer_call(w, x, ids, weights, lora, gate_up, int8);
+  LayerCall call = layer_call(w, Tensor(x, "hidden_states"), Tensor(ids, "topk_ids"), Tensor(weights, "topk_weights"),
+                              lora, gate_up, int8);
   call.gradient_compute = int8_gradients ? Compute::int8 : Compute::bf16;
   const int64_t T = call.tokens, D = w.hidden;
   LayerGrads g{};
@@ -428,6 +453,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("product", product, "out = act W^T, or act W if transposed; W is one projection of one expert");
   m.def("product_int8", product_int8,
         "the same in native int8: act, or act times the scales of W's rows, quantised per row and group of columns");
+  m.def("few_tokens", few_tokens);
   m.def("forward", forward);
   m.def("backward", backward);
 }

@@ -1,6 +1,8 @@
 """The autograd function against the float64 oracle on the dequantised weights: every output and gradient by name."""
 
+import contextlib
 import copy
+import itertools
 import subprocess
 import sys
 import threading
@@ -318,6 +320,42 @@ def test_the_kernels_check_their_arguments(argument, value, message):
         native.forward(*layer.packed.native_args(), *arguments.values())
 
 
+@pytest.mark.parametrize("shape", [(5, 2), (1, 2), (5, 1), (1, 1), (0, 2)])
+def test_the_kernels_and_torch_agree_what_is_contiguous(shape):
+    tokens, top_k = shape
+    layer = Case(T=tokens, K=top_k)
+    weights, seen = torch.rand(100), set()
+    for strides in itertools.product((0, 1, 2, 3, 9), repeat=2):
+        given = weights.as_strided(shape, strides, 1)
+        arguments = (layer.x, layer.ids, given, {}, None, False, torch.empty(tokens, 64))
+        context = contextlib.nullcontext()
+        if not given.is_contiguous():
+            context = pytest.raises(ValueError, match="topk_weights: expected a contiguous tensor")
+        with context:
+            native.forward(*layer.packed.native_args(), *arguments)
+        seen.add(given.is_contiguous())
+    assert seen == ({True} if min(shape) == 0 or shape == (1, 1) else {True, False})
+
+
+ATTRIBUTES = """
+import pytest, torch
+torch.Tensor.__dlpack_c_exchange_api__ = None
+reads, data_ptr = [], torch.Tensor.data_ptr
+torch.Tensor.data_ptr = lambda tensor: reads.append(tensor.shape) or data_ptr(tensor)
+tests = "kernels_check or contiguous or inference or bad_ or packed_experts_stay or round_a_result"
+failed = pytest.main(["-q", "-p", "no:cacheprovider", "tests/ops/test_experts.py", "-k", tests])
+print(int(failed), len(reads))
+"""
+
+
+def test_older_torch_is_read_by_attributes():
+    """The checks above with a torch that cannot describe its tensors; in another process."""
+    root = Path(__file__).parents[2]
+    done = subprocess.run([sys.executable, "-c", ATTRIBUTES], capture_output=True, text=True, cwd=root, timeout=300)
+    failed, reads = map(int, done.stdout.splitlines()[-1].split())
+    assert failed == 0 and reads > 1000, done.stdout[-3000:] + done.stderr[-3000:]
+
+
 @pytest.mark.parametrize(("tokens", "experts", "top_k"), [(0, 4, 2), (1, 4, 2), (33, 4, 2), (200, 300, 8)])
 def test_the_kernels_round_a_result_as_torch_does(isa, tokens, experts, top_k):
     layer = Case(E=experts, K=top_k, T=tokens, R=0)  # the last: rows of more experts than one wave holds
@@ -352,6 +390,7 @@ def test_gate_and_up_are_kept_only_for_a_backward(monkeypatch):
     layer = Case(T=5, R=0)
     layer.forward("retain")
     layer.forward("recompute")
+    layer.ids = layer.ids.int()  # int64 would go to few_tokens, which has no place for them
     with torch.no_grad():
         layer.forward("retain")
     layer.x, layer.weights = layer.x.detach(), layer.weights.detach()
