@@ -53,28 +53,34 @@ struct DecodeUnit {
       }
     }
   }
-  void all() const {
-    each_step<kPairs, Codes::kPairsTogether>([&](int p) __attribute__((always_inline)) { pair(p); });
+  void all() const { half(0), half(1); }
+  void half(int number) const {
+    each_step<kPairs / 2, Codes::kPairsTogether>([&](int p)
+                                                     __attribute__((always_inline)) { pair(number * kPairs / 2 + p); });
   }
 };
 
-// A panel as tiles [2][q tile], which start kPanelTiles apart.
+// A panel as tiles [2][q tile], which start kPanelTiles apart. With every block decoded the one of `ahead` is asked
+// for.
 //   right: strip = 32 rows n (block row), q = k        left: strip = 32 columns k (block column), q = n
 template <class R, Side kSide>
 class PanelDecoder {
  public:
   static constexpr bool kAny = true;
   static constexpr int kPairsTogether = R::Codes::kPairsTogether;
-  PanelDecoder(const PackedMatrix& w, const Panel& at, Ops::Elem* dst)
+  PanelDecoder(const PackedMatrix& w, const Panel& at, const Ahead& ahead, Ops::Elem* dst)
       : block_(kRight ? w.block(at.strip, at.q0) : w.block(at.q0, at.strip)),
         stride_(w.block_bytes() * int64_t{kRight ? 1 : w.col_blocks()}),
         scales_(w, kRight ? at.strip : at.q0, kRight ? at.q0 : at.strip, kRight),
         to_(dst),
-        units_(at.q_tiles * kStripTiles) {}
+        units_(at.q_tiles * kStripTiles),
+        ahead_(ahead) {}
 
+  int units() const { return units_; }
   bool more() const { return units_ > 0; }
   DecodeUnit<R, kSide> take() {
     const int half = units_-- % kStripTiles;  // an even number of them are left before the first half
+    if (ahead_.lines > 0) ask(half);
     const DecodeUnit<R, kSide> unit(block_, scales_, half, to_ + half * kHalf);
     if (half == kStripTiles - 1) block_ += stride_, to_ += kTileElems, scales_.next();
     return unit;
@@ -88,21 +94,32 @@ class PanelDecoder {
   static constexpr int kHalf = kRight ? kPanelTiles * kTileElems : kTileRows;
   static_assert(kStripTiles == 2);
 
+  void ask(int half) {
+    constexpr int kHalfLines = kPairs * kBlock * R::kInfo.bits / 4 / kLine / kStripTiles;  // of codes
+#pragma GCC unroll 16
+    for (int i = 0; i < kHalfLines; ++i) ask_for(ahead_.at + (half * kHalfLines + i) * kLine);
+    if (half == 0) return;
+    for (int i = kStripTiles * kHalfLines; i < ahead_.lines; ++i) ask_for(ahead_.at + i * kLine);
+    ahead_.at += ahead_.stride;
+  }
+
   const uint8_t* block_;
   int64_t stride_;
   WalkingScales<R> scales_;
   Ops::Elem* to_;
   int units_;
+  Ahead ahead_;
 };
 
 // use(decoder) for the matrix's format.
 template <class Use>
-inline void with_decoder(Side weight_side, const PackedMatrix& w, const Panel& at, Ops::Elem* dst, const Use& use) {
+inline void with_decoder(Side weight_side, const PackedMatrix& w, const Panel& at, const Ahead& ahead, Ops::Elem* dst,
+                         const Use& use) {
   switch (w.format) {
-#define KT_FORMAT(name, Codes, Scales, bits, ...)                                                             \
-  case kt_sft::Format::name:                                                                                  \
-    return weight_side == Side::right ? use(PanelDecoder<Row<kt_sft::Format::name>, Side::right>(w, at, dst)) \
-                                      : use(PanelDecoder<Row<kt_sft::Format::name>, Side::left>(w, at, dst));
+#define KT_FORMAT(name, Codes, Scales, bits, ...)                                                                    \
+  case kt_sft::Format::name:                                                                                         \
+    return weight_side == Side::right ? use(PanelDecoder<Row<kt_sft::Format::name>, Side::right>(w, at, ahead, dst)) \
+                                      : use(PanelDecoder<Row<kt_sft::Format::name>, Side::left>(w, at, ahead, dst));
 #include "kernels/registry.inc"
   }
 }

@@ -5,6 +5,9 @@
 // zero_acc. Included inside the variant's namespace.
 #pragma once
 
+constexpr int min_int(int a, int b) { return a < b ? a : b; }
+constexpr int max_int(int a, int b) { return a > b ? a : b; }
+
 // Codes that the next panel decodes: for every reduction tile q, `lines` cache lines at `at` + q * stride. Each
 // register block asks for `share` of them, so that they arrive while it multiplies.
 struct Ahead {
@@ -18,7 +21,7 @@ inline void ask_for(const uint8_t* line) { __builtin_prefetch(line, 0, 2); }
 
 // One block's share for all reduction tiles at once.
 inline void prefetch_codes(Ahead& ahead, int q_tiles) {
-  const int lines = ahead.lines < ahead.share ? ahead.lines : ahead.share;
+  const int lines = min_int(ahead.lines, ahead.share);
   for (int q = 0; q < q_tiles; ++q)
     for (int i = 0; i < lines; ++i) ask_for(ahead.at + q * ahead.stride + i * 64);
   ahead.at += lines * 64, ahead.lines -= lines;
@@ -40,6 +43,7 @@ struct BlockArgs {
   int right_tiles, q_tiles;
   bool accumulate;  // else C starts from zero
   Ahead ahead;
+  bool right_codes = false;  // right tiles are read from packed bf16 codes: loads_codes
 };
 
 // use(step) for all steps, kTogether of them unrolled: what depends on a step's place among those is a constant.
@@ -85,7 +89,7 @@ inline void multiply_block(const typename Mac::Elem* left, const typename Mac::E
     for (int v = 0; v < Tiles * kV; ++v)
       acc[r][v] = accumulate ? Mac::load_acc(c + r * 16 + (v / kV) * c_j + (v % kV) * Mac::kLanes) : Mac::zero_acc();
   }
-  const int lines = ahead.lines < ahead.share ? ahead.lines : ahead.share;
+  const int lines = min_int(ahead.lines, ahead.share);
   for (int q = 0; q < q_tiles; ++q) {
     for (int i = 0; i < lines; ++i) ask_for(ahead.at + q * ahead.stride + i * 64);
     const auto* l = left + int64_t{q} * kTileElems;

@@ -6,9 +6,6 @@
 // Included inside the variant's namespace after Ops.
 #pragma once
 
-constexpr int min_int(int a, int b) { return a < b ? a : b; }
-constexpr int max_int(int a, int b) { return a > b ? a : b; }
-
 #include "kernels/decode.h"
 
 // ---- packing dense operands
@@ -201,19 +198,38 @@ inline float* accumulator(float* c, int strip, int m_tiles, int m_tile, int w_ti
   return c + ((int64_t{strip} * m_tiles + m_tile) * kStripTiles + w_tile) * 256;
 }
 
-// The panels of a call in their order: strips innermost, then the reduction, then the terms.
+// Whether the codes of W are right tiles as they lie, their rows 128 bytes apart.
+inline bool loads_codes(const GemmArgs& g, const GemmTerm& term) {
+  return ActiveOps::kLoadsCodes && g.side == Side::left && term.packed != nullptr &&
+         term.packed->format == kt_sft::Format::bf16;
+}
+
+// The panels of a call in their order: strips innermost, then the reduction, then the terms; of few left rows strips
+// are outermost, so that codes are read as they lie.
 struct Position {
   const GemmArgs* g;
   int strips, term = -1, q0 = 0, strip = 0;
   int all_q = 0;  // reduction tiles of the term
+  bool strip_by_strip;
 
-  explicit Position(const GemmArgs& g) : g(&g), strips((g.nc + kBlock - 1) / kBlock) { next_term(); }
+  explicit Position(const GemmArgs& g)
+      : g(&g),
+        strips((g.nc + kBlock - 1) / kBlock),
+        strip_by_strip(g.side == Side::left && g.m <= ActiveOps::kRowsStripByStrip) {
+    next_term();
+  }
   bool valid() const { return term < g->num_terms; }
   const GemmTerm& of() const { return g->terms[term]; }
   int tiles() const { return multiplies_codes(*g, of()) ? kDirectTiles : kPanelTiles; }  // at once
   int q_tiles() const { return min_int(tiles(), all_q - q0); }
   Panel panel() const { return {g->c0 / kBlock + strip, q0, q_tiles()}; }
   void advance() {
+    if (strip_by_strip) {
+      if ((q0 += tiles()) < all_q) return;
+      next_term();
+      if (!valid() && ++strip < strips) term = -1, next_term();
+      return;
+    }
     if (++strip < strips) return;
     strip = 0, q0 += tiles();
     if (q0 >= all_q) next_term();
@@ -252,18 +268,21 @@ inline BlockArgs panel_product(const Position& at, bool accumulate, const Ops::E
   const int all_q = term.act_tiles > 0 ? term.act_tiles : at.all_q;
   const auto* act = static_cast<const Ops::Elem*>(term.act) + int64_t{at.q0} * kTileElems;
   float* acc = accumulator(c, at.strip, m_tiles, 0, 0);
+  const bool codes = loads_codes(g, term);
+  const void* right = codes ? static_cast<const void*>(term.packed->block(at.panel().strip, at.q0)) : panel;
   if (g.side == Side::left)
-    return {act, panel, acc, all_q, kPanelTiles, kStripTiles * 256, 256, g.m, kStripTiles, q_tiles, accumulate, ahead};
+    return {act,         right,   acc,        all_q, kPanelTiles, kStripTiles * 256, 256, g.m,
+            kStripTiles, q_tiles, accumulate, ahead, codes};
   return {panel, act, acc, kPanelTiles, all_q, 256, kStripTiles * 256, kBlock, m_tiles, q_tiles, accumulate, ahead};
 }
 
 inline void load_panel(const Position& at, Ops::Elem* panel) {
   const GemmArgs& g = *at.g;
   const GemmTerm& term = at.of();
-  if (multiplies_codes(g, term)) return;  // there is none
+  if (multiplies_codes(g, term) || loads_codes(g, term)) return;  // there is none
   const Side weight_side = g.side == Side::left ? Side::right : Side::left;
   if (term.packed != nullptr)
-    return with_decoder(weight_side, *term.packed, at.panel(), panel, [](auto decoder) { decoder.finish(); });
+    return with_decoder(weight_side, *term.packed, at.panel(), {}, panel, [](auto decoder) { decoder.finish(); });
   const int c = g.c0 + at.strip * kBlock, q = at.q0 * kTileSteps;
   const int nc = min_int(kBlock, g.c0 + g.nc - c), nq = min_int(at.q_tiles() * kTileSteps, term.q - q);
   if (nc <= kTileRows)
@@ -276,7 +295,7 @@ inline void load_panel(const Position& at, Ops::Elem* panel) {
 inline bool interleaves(const GemmArgs& g) {
   if (!ActiveOps::kInterleaves || (g.side == Side::left && g.m > ActiveOps::kInterleavedLeftRows)) return false;
   for (int t = 0; t < g.num_terms; ++t)
-    if (multiplies_codes(g, g.terms[t])) return false;
+    if (multiplies_codes(g, g.terms[t]) || loads_codes(g, g.terms[t])) return false;
   return true;
 }
 
@@ -286,7 +305,8 @@ inline void multiply_panel(const Position& at, const BlockArgs& product, Ops::El
   if constexpr (ActiveOps::kInterleaves) {
     if (interleave && next.valid() && next.of().packed != nullptr) {
       const Side weight_side = next.g->side == Side::left ? Side::right : Side::left;
-      return with_decoder(weight_side, *next.of().packed, next.panel(), next_panel, [&](auto decoder) {
+      const Ahead ahead = ActiveOps::kDecoderAsks ? product.ahead : Ahead{};
+      return with_decoder(weight_side, *next.of().packed, next.panel(), ahead, next_panel, [&](auto decoder) {
         ActiveOps::multiply(product, decoder);
         decoder.finish();
       });

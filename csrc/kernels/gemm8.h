@@ -113,6 +113,7 @@ struct Slice8 {
 
 // The codes that strip `strip` multiplies at q0.
 inline Ahead codes_ahead8(const Gemm8Args& g, const Gemm8Term& term, int strip, int q0) {
+  if (strip * kBlock >= g.nc) return {};
   const PackedMatrix& w = *term.packed;
   const int at = g.c0 / kBlock + strip, kb = q0 / kBlock, lines = w.block_bytes() / 64, blocks = (g.m + 7) / 8;
   if (q0 >= term.q) return {};
@@ -127,9 +128,9 @@ inline void multiply_strips8(const Gemm8Args& g, const Slice8& s, int begin, int
   auto* start = reinterpret_cast<int32_t*>(panel + kPanel8Bytes);
   auto* c = reinterpret_cast<float*>(reinterpret_cast<uint8_t*>(start + kMaxRows) + kRows8Bytes);
   const PackedMatrix& w = *s.term.packed;
-  const int m_tiles = static_cast<int>(ceil_div(g.m, kTileRows)), strips = static_cast<int>(ceil_div(g.nc, kBlock));
-  const int t0 = s.q0 / kSteps8, tiles = static_cast<int>(ceil_div(s.steps, kSteps8));
-  for (int r = 0; r < m_tiles * kTileRows; ++r) {
+  const int m_tiles = static_cast<int>(ceil_div(g.m, kTileRows));
+  const int t0 = s.q0 / kSteps8, tiles = static_cast<int>(ceil_div(s.steps, kSteps8)), next = s.q0 + s.steps;
+  for (int r = 0; !ActiveOps::kSigned8 && r < m_tiles * kTileRows; ++r) {
     int32_t sum = 0;
     for (int t = 0; t < tiles && r < g.m; ++t) sum += s.sums[r * s.q_tiles + t];
     start[r] = -128 * sum;
@@ -144,8 +145,9 @@ inline void multiply_strips8(const Gemm8Args& g, const Slice8& s, int begin, int
     } else {
       decode8_turned(w, block, t0, tiles, panel);
     }
-    const Ahead ahead =
-        strip + 1 < strips ? codes_ahead8(g, s.term, strip + 1, s.q0) : codes_ahead8(g, s.term, 0, s.q0 + s.steps);
+    const Ahead ahead = strip + 1 == end && next < s.term.q ? codes_ahead8(g, s.term, begin, next)
+                        : strip + 1 < end                   ? codes_ahead8(g, s.term, strip + 1, s.q0)
+                                                            : codes_ahead8(g, s.term, end, 0);
     ActiveOps::multiply8({s.act, s.q_tiles, panel, start, s.scales, s.groups,
                           g.side == Side::left ? column_scales : ones, accumulator(c, strip, m_tiles, 0, 0), g.m, tiles,
                           accumulate, ahead});
@@ -169,27 +171,37 @@ inline void multiply_groups8(const Gemm8Args& g, const Gemm8Term& term, int q0, 
   }
 }
 
+// C (+)= the products of a term with strips [begin, end); whether there were any.
+inline bool multiply_term8(const Gemm8Args& g, const Gemm8Term& t, int begin, int end, bool accumulate) {
+  const int step = g.side == Side::left ? min_int(t.group, t.packed->group_size) : t.group;
+  for (int q0 = 0; q0 < t.q; q0 += step, accumulate = true) {
+    const int steps = min_int(step, t.q - q0), t0 = q0 / kSteps8;
+    if (t.rows.base != nullptr) {
+      multiply_groups8(g, t, q0, steps, accumulate);
+    } else {
+      multiply_strips8(
+          g,
+          {t, q0, steps, t.act + int64_t{t0} * kTile8Bytes, t.scales + q0 / t.group, t.sums + t0, t.q_tiles, t.groups},
+          begin, end, accumulate);
+    }
+  }
+  return accumulate;
+}
+
 inline void gemm8(const Gemm8Args& g) {
   auto* c = reinterpret_cast<float*>(static_cast<uint8_t*>(g.scratch) + kPanel8Bytes + kMaxRows * sizeof(int32_t) +
                                      kRows8Bytes);
   const int strips = static_cast<int>(ceil_div(g.nc, kBlock));
+  // Strip by strip C stays in L1; rows that are quantised here are so once for all strips.
+  int together = ActiveOps::kSigned8 ? 1 : strips;
+  for (int i = 0; i < g.num_terms; ++i)
+    if (g.terms[i].rows.base != nullptr) together = strips;
   bool accumulate = false;
   ActiveOps::begin8();
-  for (int i = 0; i < g.num_terms; ++i) {
-    const Gemm8Term& t = g.terms[i];
-    const bool own_rows = t.rows.base != nullptr;
-    const int step = g.side == Side::left ? min_int(t.group, t.packed->group_size) : t.group;
-    for (int q0 = 0; q0 < t.q; q0 += step, accumulate = true) {
-      const int steps = min_int(step, t.q - q0), t0 = q0 / kSteps8;
-      if (own_rows) {
-        multiply_groups8(g, t, q0, steps, accumulate);
-      } else {
-        multiply_strips8(g,
-                         {t, q0, steps, t.act + int64_t{t0} * kTile8Bytes, t.scales + q0 / t.group, t.sums + t0,
-                          t.q_tiles, t.groups},
-                         0, strips, accumulate);
-      }
-    }
+  for (int strip = 0; strip < strips; strip += together) {
+    accumulate = false;
+    for (int i = 0; i < g.num_terms; ++i)
+      accumulate = multiply_term8(g, g.terms[i], strip, strip + together, accumulate);
   }
   ActiveOps::end();
   if (!accumulate) __builtin_memset(c, 0, sizeof(float) * kBlock * strips * round_up(g.m, kTileRows));

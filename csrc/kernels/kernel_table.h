@@ -28,7 +28,7 @@ struct Upcoming {
 };
 
 // out[m][c - c0] = sum over terms, fp32, overwritten; c0 a multiple of 32; m <= kMaxRows; nc <= kMaxCols, or
-// kFewRowsCols where m <= kSkinnyRows and the activations are left.
+// kFewRowsCols where m, rounded up to tiles, times nc is no more than kMaxRows * kMaxCols.
 struct GemmArgs {
   Side side;
   const GemmTerm* terms;
@@ -108,6 +108,7 @@ struct KernelTable {
   const char* name;
   size_t tile_bytes;
   size_t gemm_scratch_bytes;
+  bool wide_tasks;  // more columns than kMaxCols pay at more than kSkinnyRows rows, too
   void (*pack)(const PackArgs&);
   void (*gemm)(const GemmArgs&);
   // h = a(g) b(u) in fp32; g and u also as bf16 where g_saved is not null.

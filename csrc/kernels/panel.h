@@ -38,7 +38,7 @@ constexpr int kStripTiles = kBlock / kTileRows;  // weight tiles decoded togethe
 constexpr int kSkinnyRows = 4;                   // activation rows up to which a product is bound by reading the codes
 constexpr int kMaxRows = 512;      // activation rows of one call: bounds the fp32 accumulators of a thread
 constexpr int kMaxCols = 128;      // output columns of one call: 512 x 128 x 4 B = 256 KiB, a share of L2
-constexpr int kFewRowsCols = 512;  // of up to kSkinnyRows rows forward: codes come fastest in long runs
+constexpr int kFewRowsCols = 512;  // of fewer rows, as many as fit into the same, at most: codes come in longer runs
 constexpr int kPanelTiles = 8;     // reduction tiles decoded at once: 32 x 256 bf16 = 16 KiB, a third of L1
 
 // Native int8 products: tiles of 16 rows or columns x 64 reduction steps, see gemm8.h.

@@ -371,7 +371,7 @@ inline void skinny_dense(const GemmArgs& g, const DenseView& v, int q0, int nq, 
 }
 
 constexpr size_t kSkinnyScratch =
-    sizeof(float) * kSkinnyRows * (kSkinnySteps + kFewRowsCols + int64_t{kMaxCols} * kTileRows);
+    sizeof(float) * kSkinnyRows * (kSkinnySteps + kFewRowsCols + int64_t{kFewRowsCols} * kTileRows);
 
 inline void skinny_gemm(const GemmArgs& g) {
   auto* rows = static_cast<float*>(g.scratch);

@@ -22,8 +22,8 @@ struct TileUnit {
     __builtin_memset(tile(T), 0, sizeof(float[16][16]));
   }
   template <int T>
-  static void load(const void* p) {
-    __builtin_memcpy(tile(T), p, sizeof(float[16][16]));
+  static void load(const void* p, int64_t row = 64) {
+    for (int i = 0; i < 16; ++i) __builtin_memcpy(tile(T)[i], static_cast<const char*>(p) + i * row, sizeof(float[16]));
   }
   template <int T>
   static void store(void* p) {
@@ -68,8 +68,8 @@ struct TileUnit {
     __asm__ volatile("tilezero %%tmm%c0" ::"i"(T));
   }
   template <int T>
-  static void load(const void* p) {
-    __asm__ volatile("tileloadd (%0,%1,1), %%tmm%c2" ::"r"(p), "r"(int64_t{64}), "i"(T) : "memory");
+  static void load(const void* p, int64_t row = 64) {
+    __asm__ volatile("tileloadd (%0,%1,1), %%tmm%c2" ::"r"(p), "r"(row), "i"(T) : "memory");
   }
   template <int T>
   static void store(void* p) {
@@ -86,11 +86,18 @@ struct TileUnit {
 };
 #endif
 
+// Bytes from one row of a tile, reduction tile and tile column to the next.
+struct RightTiles {
+  const uint8_t* at;
+  int64_t row, q, j;
+};
+
 // C tiles 0..3, left tiles 4 and 5, right tiles 6 and 7: four products per four loads. While the tile unit multiplies,
-// the vector units decode the next panel.
+// the vector units decode the next panel: half a unit for four products takes them no time of their own, a whole one
+// does (63 cycles of products, about 80 of decoding, 108 together), so the halves are spread where products suffice.
 template <int I, int J, class Decoder>
-inline void multiply_amx(const uint16_t* left, int64_t left_stride, const uint16_t* right, int64_t right_stride,
-                         float* c, int64_t c_i, int64_t c_j, int q_tiles, bool accumulate, Decoder& decoder) {
+inline void multiply_amx(const uint16_t* left, int64_t left_stride, const RightTiles& right, float* c, int64_t c_i,
+                         int64_t c_j, int q_tiles, bool accumulate, const Ahead& ahead, bool spread, Decoder& decoder) {
   if (accumulate) {
     TileUnit::load<0>(c);
     if constexpr (J > 1) TileUnit::load<1>(c + c_j);
@@ -99,21 +106,37 @@ inline void multiply_amx(const uint16_t* left, int64_t left_stride, const uint16
   } else {
     TileUnit::zero<0>(), TileUnit::zero<1>(), TileUnit::zero<2>(), TileUnit::zero<3>();
   }
-  for (int q = 0; q < q_tiles; ++q, left += kTileElems, right += kTileElems) {
-    TileUnit::load<4>(left);
-    TileUnit::load<6>(right);
+  int q = 0;
+  const auto step = [&]() __attribute__((always_inline)) {
+    const uint16_t* l = left + q * kTileElems;
+    const uint8_t* r = right.at + q * right.q;
+    TileUnit::load<4>(l);
+    TileUnit::load<6>(r, right.row);
     TileUnit::dot<0, 4, 6>();
     if constexpr (J > 1) {
-      TileUnit::load<7>(right + right_stride * kTileElems);
+      TileUnit::load<7>(r + right.j, right.row);
       TileUnit::dot<1, 4, 7>();
     }
     if constexpr (I > 1) {
-      TileUnit::load<5>(left + left_stride * kTileElems);
+      TileUnit::load<5>(l + left_stride * kTileElems);
       TileUnit::dot<2, 5, 6>();
       if constexpr (J > 1) TileUnit::dot<3, 5, 7>();
     }
-    if constexpr (Decoder::kAny)
-      if (decoder.more()) decoder.take().all();
+    ++q;
+  };
+  if constexpr (Decoder::kAny) {
+    while (q < q_tiles && decoder.more()) {
+      step();
+      const auto unit = decoder.take();
+      unit.half(0);
+      if (spread && q < q_tiles) step();
+      unit.half(1);
+    }
+  }
+  const int lines = Decoder::kAny ? 0 : min_int(ahead.lines, ahead.share);
+  while (q < q_tiles) {
+    for (int i = 0; i < lines; ++i) ask_for(ahead.at + q * ahead.stride + i * kLine);
+    step();
   }
   TileUnit::store<0>(c);
   if constexpr (J > 1) TileUnit::store<1>(c + c_j);
@@ -135,23 +158,33 @@ struct AmxOps : Ops {
   }
   static void end() { TileUnit::release(); }
 
-  static constexpr bool kInterleaves = true;
+  static constexpr bool kInterleaves = true, kDecoderAsks = true;
+  static constexpr int kRowsStripByStrip = 128;
+  static constexpr bool kLoadsCodes = true, kWideTasks = true, kSigned8 = true;
   static constexpr int kInterleavedLeftRows = kMaxRows;  // the tile unit leaves the vector units free
   template <class Decoder>
   static void multiply(const BlockArgs& g, Decoder& decoder) {
     const int left_tiles = (g.rows + kTileRows - 1) / kTileRows;
+    RightTiles right = g.right_codes ? RightTiles{nullptr, 2 * kLine, kBlock * kBlock * sizeof(uint16_t), kLine}
+                                     : RightTiles{nullptr, kLine, kTileElems * 2, g.right_stride * kTileElems * 2};
     Ahead ahead = g.ahead;
     ahead.share *= 4;  // a block of 2 x 2 tiles has four times the rows that Ahead counts with
+    bool spread = false;
+    if constexpr (Decoder::kAny) {
+      const int blocks = (left_tiles + 1) / 2 * ((g.right_tiles + 1) / 2);
+      spread = blocks * g.q_tiles >= 2 * decoder.units();
+    }
     for (int i = 0; i < left_tiles; i += 2) {
       const auto* left = static_cast<const uint16_t*>(g.left) + i * g.left_stride * kTileElems;
       for (int j = 0; j < g.right_tiles; j += 2) {
-        const auto* right = static_cast<const uint16_t*>(g.right) + j * g.right_stride * kTileElems;
+        right.at = static_cast<const uint8_t*>(g.right) + j * right.j;
         float* c = g.c + i * g.c_i + j * g.c_j;
-        prefetch_codes(ahead, g.q_tiles);
         const auto run = i + 1 < left_tiles
                              ? (j + 1 < g.right_tiles ? multiply_amx<2, 2, Decoder> : multiply_amx<2, 1, Decoder>)
                              : (j + 1 < g.right_tiles ? multiply_amx<1, 2, Decoder> : multiply_amx<1, 1, Decoder>);
-        run(left, g.left_stride, right, g.right_stride, c, g.c_i, g.c_j, g.q_tiles, g.accumulate, decoder);
+        run(left, g.left_stride, right, c, g.c_i, g.c_j, g.q_tiles, g.accumulate, ahead, spread, decoder);
+        const int asked = min_int(ahead.lines, ahead.share);
+        ahead.at += asked * kLine, ahead.lines -= asked;
       }
     }
   }
@@ -161,29 +194,32 @@ struct AmxOps : Ops {
     _mm512_storeu_si512(to, quads(first, second));
   }
   static void store_turned(uint8_t* to, const uint8_t* pairs) { turn_pairs(to, pairs, _mm512_setzero_si512()); }
-  // TDPBSSD takes both factors signed: g.start is not needed.
+  // TDPBSSD takes both factors signed: g.start is not needed. The sums of two tiles of rows are scaled and added to C
+  // while the next ones are multiplied.
   static void multiply8(const Block8Args& g) {
     const int m_tiles = (g.rows + kTileRows - 1) / kTileRows;
+    alignas(64) int32_t sums[2][2][256];
     Ahead ahead = g.ahead;
     ahead.share *= 4;  // two tiles have four times the rows that Ahead counts with
     for (int i = 0; i < m_tiles; i += 2) {
-      prefetch_codes(ahead, g.tiles * kSteps8 / kBlock);
-      alignas(64) int32_t sums[2][2][256];
       const int8_t* left = g.left + i * g.left_stride * kTile8Bytes;
-      i + 1 < m_tiles ? sums8<2>(left, g, sums) : sums8<1>(left, g, sums);
-      for (int t = 0; t < 2 && i + t < m_tiles; ++t)
-        for (int h = 0; h < kStripTiles; ++h)
-          for (int r = 0; r < kTileRows && (i + t) * kTileRows + r < g.rows; ++r)
-            flush8(_mm512_load_si512(sums[t][h] + r * 16), g.row_scales[((i + t) * kTileRows + r) * g.row_groups],
-                   _mm512_loadu_ps(g.column_scales + h * 16), g.accumulate,
-                   g.c + ((i + t) * kStripTiles + h) * 256 + r * 16);
+      const bool two = i + 1 < m_tiles;
+      two ? products8<2>(left, g, ahead) : products8<1>(left, g, ahead);
+      if (i > 0) add_sums8(g, i - 2, sums);
+      TileUnit::store<0>(sums[0][0]), TileUnit::store<1>(sums[0][1]);
+      if (two) TileUnit::store<2>(sums[1][0]), TileUnit::store<3>(sums[1][1]);
     }
+    add_sums8(g, (m_tiles - 1) / 2 * 2, sums);
   }
   template <int I>
-  static void sums8(const int8_t* left, const Block8Args& g, int32_t (&sums)[2][2][256]) {
+  static void products8(const int8_t* left, const Block8Args& g, Ahead& ahead) {
+    constexpr int kBlocks = kSteps8 / kBlock;
+    const int lines = min_int(ahead.lines, ahead.share);
     TileUnit::zero<0>(), TileUnit::zero<1>(), TileUnit::zero<2>(), TileUnit::zero<3>();
     for (int t = 0; t < g.tiles; ++t) {
       const uint8_t* right = g.right + t * kTile8Bytes;
+      for (int q = kBlocks * t; q < kBlocks * (t + 1); ++q)
+        for (int i = 0; i < lines; ++i) ask_for(ahead.at + q * ahead.stride + i * kLine);
       TileUnit::load<4>(left + t * kTile8Bytes);
       TileUnit::load<6>(right);
       TileUnit::dot8<0, 4, 6>();
@@ -195,8 +231,22 @@ struct AmxOps : Ops {
         TileUnit::dot8<3, 5, 7>();
       }
     }
-    TileUnit::store<0>(sums[0][0]), TileUnit::store<1>(sums[0][1]);
-    if constexpr (I > 1) TileUnit::store<2>(sums[1][0]), TileUnit::store<3>(sums[1][1]);
+    ahead.at += lines * kLine, ahead.lines -= lines;
+  }
+  // Of row tiles i and i + 1.
+  static void add_sums8(const Block8Args& g, int i, const int32_t (&sums)[2][2][256]) {
+    const __m512 scales[kStripTiles] = {_mm512_loadu_ps(g.column_scales), _mm512_loadu_ps(g.column_scales + kTileRows)};
+    const bool accumulate = g.accumulate;
+    for (int t = 0; t < 2 && (i + t) * kTileRows < g.rows; ++t) {
+      const int rows = min_int(g.rows - (i + t) * kTileRows, kTileRows);
+      const float* row_scale = g.row_scales + (i + t) * kTileRows * g.row_groups;
+      float* c = g.c + (i + t) * kStripTiles * 256;
+      for (int r = 0; r < rows; ++r, row_scale += g.row_groups)
+#pragma GCC unroll 2
+        for (int h = 0; h < kStripTiles; ++h)
+          flush8(_mm512_load_si512(sums[t][h] + r * kTileRows), *row_scale, scales[h], accumulate,
+                 c + h * 256 + r * kTileRows);
+    }
   }
 
   static double peak_int8(int64_t iterations) {

@@ -51,6 +51,7 @@ const KernelTable& table() {
   static constexpr KernelTable kTable{KT_STRING(KT_SFT_VARIANT),
                                       kTileElems * sizeof(Ops::Elem),
                                       kAllScratchBytes,
+                                      ActiveOps::kWideTasks,
                                       pack_tiles,
                                       gemm,
                                       activate,

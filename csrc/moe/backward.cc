@@ -77,9 +77,13 @@ struct Backward {
     h_rows = ws.take<uint16_t>(rows * F);
   }
 
+  ColumnTasks column_tasks(const Wave& wave, int columns, int64_t pieces, int turn) const {
+    return {plan, columns, kBlock, plan.column_step(columns, pieces, plan.task_columns(wave)), pieces, turn};
+  }
+
   template <class Fn>
   void for_columns(const Wave& wave, int columns, Fn&& fn) const {
-    for_tasks(wave, ColumnTasks(plan, columns, wave.end - wave.begin),
+    for_tasks(wave, column_tasks(wave, columns, wave.end - wave.begin, 0),
               [&](const Segment& s, const ColumnTask& t, const Plan::ThreadBuffers& b) { fn(s, t.c0, t.nc, b); });
   }
 
@@ -89,7 +93,7 @@ struct Backward {
     const int F = intermediate(), pieces = wave.end - wave.begin;
     for_tasks(
         wave,
-        int8() ? ColumnTasks(plan, F, kHiddenGroup8, kHiddenGroup8, pieces, turn) : ColumnTasks(plan, F, pieces, turn),
+        int8() ? ColumnTasks(plan, F, kHiddenGroup8, kHiddenGroup8, pieces, turn) : column_tasks(wave, F, pieces, turn),
         fn);
   }
 
@@ -499,7 +503,7 @@ struct Backward {
     if (lora) lora_products(wave);
     const bool apart = plan.call.lora.x != nullptr;
     for (int turn = 0; turn < plan.nodes; ++turn) {
-      const ColumnTasks tasks(plan, D, 1, turn);
+      const ColumnTasks tasks = column_tasks(wave, D, 1, turn);
       const bool last = turn + 1 == plan.nodes;  // factors belong to no node: their terms are added once
       parallel_for(tasks.by_node(), [&](int64_t task, int thread) {
         const ColumnTask t = tasks[task];

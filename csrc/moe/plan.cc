@@ -106,7 +106,16 @@ int Plan::most_rows(const Wave& wave) const {
   return most;
 }
 
-int Plan::forward_columns(const Wave& wave) const { return most_rows(wave) <= kSkinnyRows ? kFewRowsCols : kMaxCols; }
+int Plan::task_columns(const Wave& wave) const {
+  const int rows = most_rows(wave);
+  if (!kernels.wide_tasks || rows <= kSkinnyRows) return kMaxCols;
+  const int fit = kMaxRows * kMaxCols / static_cast<int>(round_up(rows, kTileRows));
+  return std::min(fit / kBlock * kBlock, kFewRowsCols);
+}
+
+int Plan::forward_columns(const Wave& wave) const {
+  return most_rows(wave) <= kSkinnyRows ? kFewRowsCols : task_columns(wave);
+}
 
 ColumnTasks::ColumnTasks(const Plan& plan, int columns, int unit, int step, int64_t pieces, int turn)
     : columns_(columns),

@@ -37,7 +37,7 @@ struct Plan {
 
   struct ThreadBuffers {
     void* gemm;
-    float* rows[3];  // kMaxRows x kMaxCols each
+    float* rows[3];  // kMaxRows x kMaxCols each, or fewer rows of more columns
   };
   ThreadBuffers* thread;
 
@@ -74,7 +74,8 @@ struct Plan {
   // Columns of a task: enough tasks for all threads, and at most so many columns.
   int column_step(int columns, int64_t pieces, int most) const;
   int most_rows(const Wave& wave) const;  // of a segment
-  // How many a forward task may have: long runs of codes where experts have few rows.
+  // How many a task may have, and a forward one: long runs of codes where experts have few rows.
+  int task_columns(const Wave& wave) const;
   int forward_columns(const Wave& wave) const;
   bool int8() const { return call.compute == Compute::int8; }
   // Products of a few rows are bound by the codes and need no quantised activations.
@@ -96,8 +97,6 @@ struct ColumnTask {
 // two nodes write to the same place and the order of a sum is fixed for a number of nodes and the rows of a call.
 class ColumnTasks {
  public:
-  ColumnTasks(const Plan& plan, int columns, int64_t pieces, int turn = 0)
-      : ColumnTasks(plan, columns, kBlock, plan.column_step(columns, pieces, kMaxCols), pieces, turn) {}
   ColumnTasks(const Plan& plan, int columns, int unit, int step, int64_t pieces, int turn = 0);
   ColumnTask operator[](int64_t task) const;
   // The task that a thread probably takes after this one, if there is one: all threads take theirs in turn.
