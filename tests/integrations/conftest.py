@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import yaml
 from tiny import write_checkpoint, write_dataset
@@ -82,20 +85,32 @@ class Workspace:
     def run(
         self, *command: str, ok: bool = True, stdin: str = "", timeout: int = 300, **env: str
     ) -> subprocess.CompletedProcess[str]:
-        """Run a command of this interpreter's environment, or ``python``; check that it succeeded (or failed)."""
+        """Run a command of this interpreter's environment, or ``python``; check that it succeeded (or failed).
+
+        One that takes too long is ended with all its processes, each of which writes where it is (PYTHONFAULTHANDLER).
+        """
         program = [sys.executable] if command[0] == "python" else [sys.executable, str(BIN / command[0])]
-        result = subprocess.run(
+        process = subprocess.Popen(
             [*program, *command[1:]],
-            env=self.env(**env),
+            env=self.env(PYTHONFAULTHANDLER="1", **env),
             cwd=self.folder,
-            input=stdin,
-            capture_output=True,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
             text=True,
-            timeout=timeout,
         )
-        if (result.returncode == 0) != ok:
-            pytest.fail(f"{command} returned {result.returncode}\n{result.stdout[-2000:]}\n{result.stderr[-6000:]}")
-        return result
+        try:
+            out, err = process.communicate(stdin, timeout)
+        except subprocess.TimeoutExpired:
+            parent = psutil.Process(process.pid)
+            for each in (*parent.children(recursive=True)[::-1], parent):
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    each.send_signal(signal.SIGABRT)
+            out, err = process.communicate()
+            pytest.fail(f"{command} did not end within {timeout} s\n{out[-2000:]}\n{err[-20000:]}")
+        if (process.returncode == 0) != ok:
+            pytest.fail(f"{command} returned {process.returncode}\n{out[-2000:]}\n{err[-6000:]}")
+        return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
     def train(self, output: str, ok: bool = True, **changes: Any) -> subprocess.CompletedProcess[str]:
         return self.run(

@@ -92,7 +92,7 @@ def run(layer, packed, grad_out, **options):
 
 @pytest.mark.parametrize("group", [0, 64, 128])
 @pytest.mark.parametrize("rank", [0, 8])
-@pytest.mark.parametrize("D, F", [(256, 192), (200, 330)])
+@pytest.mark.parametrize("D, F", [(256, 192), (200, 330), (700, 330)])
 def test_gradients(int8_isa, D, F, rank, group):
     """In int8 they are near those of the bf16 products behind the same forward pass, and not the same."""
     case = layer(300, D=D, F=F, R=rank)
