@@ -33,7 +33,7 @@ OURS = ["bf16", "int8", "int4", "fp8", "mxfp4", "int8*int8", "int8*int8+grad8"]
 OURS += ["int8+lora8", "int8+lora16", "int8+lora64", "fp8+lora16"]
 TORCH = ["torch loop", "torch grouped_mm", "onednn prepacked", "torch int_mm"]
 KT = ["kt bf16", "kt int8", "kt int4", "kt fp8", "kt rawint4", "kt mxfp4", "kt bf16 no lora", "kt int8 no lora"]
-TOKENS = [1, 8, 64, 256, 1024, 2048]
+TOKENS = [1, 8, 64, 256, 512, 1024, 2048]
 KT_TOKENS = [1, 64, 256, 2048]  # its slow formats take seconds a call
 # Tokens of the other layers: one, and what gives every expert about 64 rows.
 LAYERS = {
