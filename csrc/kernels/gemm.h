@@ -1,9 +1,9 @@
 // The one driver: batch-reduce product over packed or dense weights, and the packing of tiles.
 //   out[m][c] = sum_terms sum_q act[m][q] * W[c][q]
-// Loop order: reduction panels of kPanelTiles outermost, then strips of 32 weight columns, then activation tiles. A
-// decoded strip panel (16 KiB of bf16) stays in L1 for all rows; the activations of a panel and the accumulators stay
-// in L2 for all strips; the codes are read once. Of few rows there is no panel where direct.h can do without.
-// Included inside the variant's namespace after Ops.
+// Loop order (Position has another one for few rows): reduction panels of kPanelTiles outermost, then strips of 32
+// weight columns, then activation tiles. A decoded strip panel (16 KiB of bf16) stays in L1 for all rows; the
+// activations of a panel and the accumulators stay in L2 for all strips; the codes are read once. Of few rows there is
+// no panel where direct.h can do without. Included inside the variant's namespace after Ops.
 #pragma once
 
 #include "kernels/decode.h"
@@ -204,8 +204,8 @@ inline bool loads_codes(const GemmArgs& g, const GemmTerm& term) {
          term.packed->format == kt_sft::Format::bf16;
 }
 
-// The panels of a call in their order: strips innermost, then the reduction, then the terms; of few left rows strips
-// are outermost, so that codes are read as they lie.
+// The panels of a call in their order: strips innermost, then the reduction, then the terms. Of up to kRowsStripByStrip
+// left rows strips are outermost: codes are read as they lie, and the sums of a strip stay in L1.
 struct Position {
   const GemmArgs* g;
   int strips, term = -1, q0 = 0, strip = 0;

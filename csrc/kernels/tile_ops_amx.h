@@ -158,9 +158,12 @@ struct AmxOps : Ops {
   }
   static void end() { TileUnit::release(); }
 
-  static constexpr bool kInterleaves = true, kDecoderAsks = true;
-  static constexpr int kRowsStripByStrip = 128;
-  static constexpr bool kLoadsCodes = true, kWideTasks = true, kSigned8 = true;
+  static constexpr bool kInterleaves = true;
+  static constexpr bool kDecoderAsks = true;             // for the codes further on, not the products
+  static constexpr int kRowsStripByStrip = 128;          // of 2,048 columns they fill a quarter of L2
+  static constexpr bool kLoadsCodes = true;              // loads_codes
+  static constexpr bool kWideTasks = true;               // KernelTable::wide_tasks
+  static constexpr bool kSigned8 = true;                 // int8 products take both factors signed
   static constexpr int kInterleavedLeftRows = kMaxRows;  // the tile unit leaves the vector units free
   template <class Decoder>
   static void multiply(const BlockArgs& g, Decoder& decoder) {
