@@ -94,31 +94,27 @@ inline void activate_rows(Rule rule, const float* __restrict g, const float* __r
 }
 
 template <class Rule>
-inline void activate_hidden_rows(Rule rule, const uint16_t* __restrict g, const uint16_t* __restrict u, int n,
-                                 uint16_t* __restrict h) {
-  for (int i = 0; i < n; ++i)
-    h[i] = static_cast<uint16_t>(round_bits(rule.act(from_bf16(g[i])) * rule.factor(from_bf16(u[i]))));
-}
-
-template <class Rule>
 inline void activate_backward_rows(Rule rule, const uint16_t* __restrict g, const uint16_t* __restrict u,
                                    const float* __restrict z, float w, int n, float* __restrict dg,
-                                   float* __restrict du, float* __restrict dw_parts) {
+                                   float* __restrict du, float* __restrict dw_parts, uint16_t* __restrict h) {
   for (int i0 = 0; i0 < n; i0 += kBlock) {
     const int count = min_int(kBlock, n - i0);
     alignas(64) float product[kBlock] = {};
+    alignas(64) uint16_t hidden[kBlock];
     for (int i = 0; i < count; ++i) {
       const float up = from_bf16(u[i0 + i]), factor = rule.factor(up), zi = z[i0 + i];
       float act;
       const float slope = rule.act_slope(from_bf16(g[i0 + i]), &act);
-      const float h = float_of(round_bits(act * factor) << 16);  // as the down projection saw it
-      product[i] = zi * h;
+      const uint32_t seen = round_bits(act * factor);  // by the down projection
+      hidden[i] = static_cast<uint16_t>(seen);
+      product[i] = zi * float_of(seen << 16);
       du[i0 + i] = w * zi * act * rule.factor_slope(up);
       dg[i0 + i] = w * zi * factor * slope;
     }
     for (int half = kBlock / 2; half > 0; half /= 2)
       for (int i = 0; i < half; ++i) product[i] += product[i + half];
     dw_parts[i0 / kBlock] = product[0];
+    if (h != nullptr) __builtin_memcpy(h + i0, hidden, count * sizeof *h);
   }
 }
 
@@ -130,17 +126,10 @@ inline void activate(const Activation& a, const float* g, const float* u, int n,
     activate_rows(ClampedSwiglu(a), g, u, n, h, g_saved, u_saved);
 }
 
-inline void activate_hidden(const Activation& a, const uint16_t* g, const uint16_t* u, int n, uint16_t* h) {
-  if (a.kind == ActivationKind::silu)
-    activate_hidden_rows(Silu(a), g, u, n, h);
-  else
-    activate_hidden_rows(ClampedSwiglu(a), g, u, n, h);
-}
-
 inline void activate_backward(const Activation& a, const uint16_t* g, const uint16_t* u, const float* z, float w, int n,
-                              float* dg, float* du, float* dw_parts) {
+                              float* dg, float* du, float* dw_parts, uint16_t* h) {
   if (a.kind == ActivationKind::silu)
-    activate_backward_rows(Silu(a), g, u, z, w, n, dg, du, dw_parts);
+    activate_backward_rows(Silu(a), g, u, z, w, n, dg, du, dw_parts, h);
   else
-    activate_backward_rows(ClampedSwiglu(a), g, u, z, w, n, dg, du, dw_parts);
+    activate_backward_rows(ClampedSwiglu(a), g, u, z, w, n, dg, du, dw_parts, h);
 }

@@ -68,8 +68,9 @@ inline void copy_in(const Src* base, int64_t stride, const int32_t* index, int a
       prefetch_ahead<Rows, Cols>(src);
       copy_row<Cols>(src, row);
     } else {
-      for (int b = 0; b < nb; ++b) convert(src[b], row[b]);
-      for (int b = nb; b < Cols; ++b) row[b] = 0;
+      alignas(64) Src part[Cols] = {};  // converted like whole rows, a register at a time
+      __builtin_memcpy(part, src, nb * sizeof *src);
+      copy_row<Cols>(part, row);
     }
   }
 }
@@ -119,9 +120,10 @@ inline void left_from_columns(const Ops::Elem* columns, Ops::Elem* tile) {
   }
 }
 
-// A whole right tile of a bf16 matrix whose c runs contiguously. Rows may lie anywhere: what the next tile to the right
-// reads is on its way meanwhile.
-template <class Elem>
+// Whole right tiles of a bf16 matrix whose c runs contiguously, kTiles of them beside each other. Rows may lie
+// anywhere, and often 4 KiB apart, where L1 keeps few: lines are read once. What the next tile to the right reads is on
+// its way meanwhile.
+template <int kTiles, class Elem>
 inline void right_from_source(const PackArgs& p, int c, int q, Elem* tile) {
   const auto row = [&](int i) {
     return static_cast<const uint16_t*>(p.view.base) + int64_t{p.view.qidx ? p.view.qidx[q + i] : q + i} * p.view.qs +
@@ -130,7 +132,8 @@ inline void right_from_source(const PackArgs& p, int c, int q, Elem* tile) {
   for (int i = 0; i < kPairs; ++i) {
     const uint16_t *even = row(2 * i), *odd = row(2 * i + 1);
     __builtin_prefetch(even + kBlock), __builtin_prefetch(odd + kBlock);
-    interleave16(even, odd, tile + i * kBlock);
+    for (int t = 0; t < kTiles; ++t)
+      interleave16(even + t * kTileRows, odd + t * kTileRows, tile + t * p.q_stride * kTileElems + i * kBlock);
   }
 }
 
@@ -145,7 +148,7 @@ inline void pack_tile(const PackArgs& p, int c, int q, Ops::Elem* tile) {
   }
   if constexpr (sizeof(Ops::Elem) == 2) {
     const bool whole = nc == kTileRows && nq == kTileSteps;
-    if (whole && !p.view.is_float && p.side == Side::right) return right_from_source(p, p.c0 + c, p.q0 + q, tile);
+    if (whole && !p.view.is_float && p.side == Side::right) return right_from_source<1>(p, p.c0 + c, p.q0 + q, tile);
   }
   copy_any<kTileSteps, kTileRows>(p.view, p.view.qs, p.view.qidx, p.q0 + q, nq, p.c0 + c, nc, buffer);
   if (p.side == Side::right) {
@@ -175,10 +178,23 @@ inline void pack_few_rows(const PackArgs& p) {
 
 inline void pack_tiles(const PackArgs& p) {
   if (p.few_rows && p.side == Side::left) return p.view.is_float ? pack_few_rows<float>(p) : pack_few_rows<uint16_t>(p);
-  auto* dst = static_cast<Ops::Elem*>(p.dst);
-  for (int c = 0; c < p.nc; c += kTileRows)
-    for (int q = 0; q < p.nq; q += kTileSteps)
-      pack_tile(p, c, q, dst + ((c / kTileRows) * p.q_stride + q / kTileSteps) * kTileElems);
+  const auto tile = [&](int c, int q) {
+    return static_cast<Ops::Elem*>(p.dst) + ((c / kTileRows) * p.q_stride + q / kTileSteps) * kTileElems;
+  };
+  int c = 0;
+  if constexpr (sizeof(Ops::Elem) == 2) {
+    if (p.side == Side::right && p.view.qs != 1 && !p.view.is_float)
+      for (; p.nc - c >= kBlock; c += kBlock)
+        for (int q = 0; q < p.nq; q += kTileSteps) {
+          if (p.nq - q >= kTileSteps) {
+            right_from_source<kStripTiles>(p, p.c0 + c, p.q0 + q, tile(c, q));
+          } else {
+            pack_tile(p, c, q, tile(c, q)), pack_tile(p, c + kTileRows, q, tile(c + kTileRows, q));
+          }
+        }
+  }
+  for (; c < p.nc; c += kTileRows)
+    for (int q = 0; q < p.nq; q += kTileSteps) pack_tile(p, c, q, tile(c, q));
 }
 
 #include "kernels/skinny.h"
@@ -224,6 +240,7 @@ struct Position {
   int q_tiles() const { return min_int(tiles(), all_q - q0); }
   Panel panel() const { return {g->c0 / kBlock + strip, q0, q_tiles()}; }
   void advance() {
+    if (!valid()) return;
     if (strip_by_strip) {
       if ((q0 += tiles()) < all_q) return;
       next_term();
@@ -268,12 +285,14 @@ inline BlockArgs panel_product(const Position& at, bool accumulate, const Ops::E
   const int all_q = term.act_tiles > 0 ? term.act_tiles : at.all_q;
   const auto* act = static_cast<const Ops::Elem*>(term.act) + int64_t{at.q0} * kTileElems;
   float* acc = accumulator(c, at.strip, m_tiles, 0, 0);
+  const int w_tiles = min_int(kStripTiles, (g.nc - at.strip * kBlock + kTileRows - 1) / kTileRows);
   const bool codes = loads_codes(g, term);
   const void* right = codes ? static_cast<const void*>(term.packed->block(at.panel().strip, at.q0)) : panel;
   if (g.side == Side::left)
-    return {act,         right,   acc,        all_q, kPanelTiles, kStripTiles * 256, 256, g.m,
-            kStripTiles, q_tiles, accumulate, ahead, codes};
-  return {panel, act, acc, kPanelTiles, all_q, 256, kStripTiles * 256, kBlock, m_tiles, q_tiles, accumulate, ahead};
+    return {act,     right,   acc,        all_q, kPanelTiles, kStripTiles * 256, 256, g.m,
+            w_tiles, q_tiles, accumulate, ahead, codes};
+  return {panel,   act,     acc,        kPanelTiles, all_q, 256, kStripTiles * 256, w_tiles * kTileRows,
+          m_tiles, q_tiles, accumulate, ahead};
 }
 
 inline void load_panel(const Position& at, Ops::Elem* panel) {
@@ -285,8 +304,6 @@ inline void load_panel(const Position& at, Ops::Elem* panel) {
     return with_decoder(weight_side, *term.packed, at.panel(), {}, panel, [](auto decoder) { decoder.finish(); });
   const int c = g.c0 + at.strip * kBlock, q = at.q0 * kTileSteps;
   const int nc = min_int(kBlock, g.c0 + g.nc - c), nq = min_int(at.q_tiles() * kTileSteps, term.q - q);
-  if (nc <= kTileRows)
-    __builtin_memset(panel + kPanelTiles * kTileElems, 0, kPanelTiles * kTileElems * sizeof(Ops::Elem));
   pack_tiles({weight_side, *term.dense, c, nc, q, nq, panel, kPanelTiles});
 }
 
@@ -357,22 +374,19 @@ inline void gemm(const GemmArgs& g) {
   if (g.m <= kSkinnyRows) return skinny_gemm(g);
   auto* panels = static_cast<Ops::Elem*>(g.scratch);
   auto* c = reinterpret_cast<float*>(panels + kPanels * kPanelElems);
-  Position at(g);
+  Position at(g);  // Each walks for itself: a copy would wait until the accumulators before it are stored.
   if (at.valid()) {
     const bool two = interleaves(g);
     const auto panel = [&](int turn) { return panels + (two ? turn % kPanels * kPanelElems : 0); };
     ActiveOps::begin();
     load_panel(at, panels);
-    Position next = at;
-    next.advance();
+    Position next(g), later(g);
+    next.advance(), later.advance(), later.advance();
     const int first = at.term;
-    for (int turn = 0; at.valid(); ++turn) {
-      Position later = next;
-      if (next.valid()) later.advance();
+    for (int turn = 0; at.valid(); ++turn, at.advance(), next.advance(), later.advance()) {
       const Ahead ahead = codes_ahead(g, two ? later : next, two && !next.valid() ? 1 : 0);  // for the next product
       const BlockArgs product = panel_product(at, at.term > first || at.q0 > 0, panel(turn), c, ahead);
       multiply_panel(at, product, panel(turn), next, panel(turn + 1), two);
-      at = next, next = later;
     }
     ActiveOps::end();
   } else {

@@ -114,11 +114,10 @@ struct KernelTable {
   // h = a(g) b(u) in fp32; g and u also as bf16 where g_saved is not null.
   void (*activate)(const Activation&, const float* g, const float* u, int n, float* h, uint16_t* g_saved,
                    uint16_t* u_saved);
-  // h = bf16(a(g) b(u)) from the saved bf16 values.
-  void (*activate_hidden)(const Activation&, const uint16_t* g, const uint16_t* u, int n, uint16_t* h);
-  // dg, du of w * z; dw_parts[i / 32] = sum of z * h over 32 columns (a fixed order, whatever the split of the work).
+  // dg, du of w * z; dw_parts[i / 32] = sum of z * h over 32 columns (a fixed order, whatever the split of the work);
+  // h = bf16(a(g) b(u)) of the saved bf16 values where it is not null.
   void (*activate_backward)(const Activation&, const uint16_t* g, const uint16_t* u, const float* z, float w, int n,
-                            float* dg, float* du, float* dw_parts);
+                            float* dg, float* du, float* dw_parts, uint16_t* h);
   void (*to_bf16)(const float* from, int n, uint16_t* to);
   void (*add_scaled)(const float* from, float w, int n, float* to);  // to += w from
   bool (*quantize_strip)(const QuantizeArgs&);                       // false if a weight is NaN or Inf

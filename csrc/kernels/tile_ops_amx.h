@@ -86,17 +86,22 @@ struct TileUnit {
 };
 #endif
 
-// Bytes from one row of a tile, reduction tile and tile column to the next.
-struct RightTiles {
+template <int I>
+struct Index {
+  static constexpr int value = I;
+};
+
+// Bytes from one row of a tile to the next, from one reduction tile and from one of the tiles beside each other.
+struct Tiles {
   const uint8_t* at;
-  int64_t row, q, j;
+  int64_t row, q, next;
 };
 
 // C tiles 0..3, left tiles 4 and 5, right tiles 6 and 7: four products per four loads. While the tile unit multiplies,
 // the vector units decode the next panel: half a unit for four products takes them no time of their own, a whole one
 // does (63 cycles of products, about 80 of decoding, 108 together), so the halves are spread where products suffice.
 template <int I, int J, class Decoder>
-inline void multiply_amx(const uint16_t* left, int64_t left_stride, const RightTiles& right, float* c, int64_t c_i,
+inline void multiply_amx(const uint16_t* left, int64_t left_stride, const Tiles& right, float* c, int64_t c_i,
                          int64_t c_j, int q_tiles, bool accumulate, const Ahead& ahead, bool spread, Decoder& decoder) {
   if (accumulate) {
     TileUnit::load<0>(c);
@@ -114,7 +119,7 @@ inline void multiply_amx(const uint16_t* left, int64_t left_stride, const RightT
     TileUnit::load<6>(r, right.row);
     TileUnit::dot<0, 4, 6>();
     if constexpr (J > 1) {
-      TileUnit::load<7>(r + right.j, right.row);
+      TileUnit::load<7>(r + right.next, right.row);
       TileUnit::dot<1, 4, 7>();
     }
     if constexpr (I > 1) {
@@ -144,6 +149,29 @@ inline void multiply_amx(const uint16_t* left, int64_t left_stride, const RightT
   if constexpr (I > 1 && J > 1) TileUnit::store<3>(c + c_i + c_j);
 }
 
+// One tile of one side times N of the other, 1 to 4: blocks of 2 x 2 would have two sums, which wait for themselves.
+template <bool kOneLeft, int N>
+inline void multiply_one(const Tiles& one, const Tiles& many, float* c, int64_t c_next, int q_tiles, bool accumulate) {
+  const auto each = [](auto&& use) __attribute__((always_inline)) {
+    use(Index<0>{});
+    if constexpr (N > 1) use(Index<1>{});
+    if constexpr (N > 2) use(Index<2>{});
+    if constexpr (N > 3) use(Index<3>{});
+  };
+  each([&](auto i) __attribute__((always_inline)) {
+    accumulate ? TileUnit::load<i.value>(c + i.value * c_next) : TileUnit::zero<i.value>();
+  });
+  for (int q = 0; q < q_tiles; ++q) {
+    TileUnit::load<6>(one.at + q * one.q, one.row);
+    each([&](auto i) __attribute__((always_inline)) {
+      constexpr int kTile = i.value % 2 ? 5 : 4;
+      TileUnit::load<kTile>(many.at + q * many.q + i.value * many.next, many.row);
+      TileUnit::dot<i.value, kOneLeft ? 6 : kTile, kOneLeft ? kTile : 6>();
+    });
+  }
+  each([&](auto i) __attribute__((always_inline)) { TileUnit::store<i.value>(c + i.value * c_next); });
+}
+
 struct AmxOps : Ops {
   static constexpr bool kMultipliesCodes = false;
   static void begin() {
@@ -168,8 +196,14 @@ struct AmxOps : Ops {
   template <class Decoder>
   static void multiply(const BlockArgs& g, Decoder& decoder) {
     const int left_tiles = (g.rows + kTileRows - 1) / kTileRows;
-    RightTiles right = g.right_codes ? RightTiles{nullptr, 2 * kLine, kBlock * kBlock * sizeof(uint16_t), kLine}
-                                     : RightTiles{nullptr, kLine, kTileElems * 2, g.right_stride * kTileElems * 2};
+    Tiles right = g.right_codes ? Tiles{nullptr, 2 * kLine, kBlock * kBlock * sizeof(uint16_t), kLine}
+                                : Tiles{nullptr, kLine, kTileElems * 2, g.right_stride * kTileElems * 2};
+    if constexpr (!Decoder::kAny) {
+      const Tiles left{static_cast<const uint8_t*>(g.left), kLine, kTileElems * 2, g.left_stride * kTileElems * 2};
+      right.at = static_cast<const uint8_t*>(g.right);
+      if (g.right_tiles == 1 && left_tiles > 2) return multiply_many<false>(right, left, left_tiles, g, g.c_i);
+      if (left_tiles == 1 && g.right_tiles > 2) return multiply_many<true>(left, right, g.right_tiles, g, g.c_j);
+    }
     Ahead ahead = g.ahead;
     ahead.share *= 4;  // a block of 2 x 2 tiles has four times the rows that Ahead counts with
     bool spread = false;
@@ -180,7 +214,7 @@ struct AmxOps : Ops {
     for (int i = 0; i < left_tiles; i += 2) {
       const auto* left = static_cast<const uint16_t*>(g.left) + i * g.left_stride * kTileElems;
       for (int j = 0; j < g.right_tiles; j += 2) {
-        right.at = static_cast<const uint8_t*>(g.right) + j * right.j;
+        right.at = static_cast<const uint8_t*>(g.right) + j * right.next;
         float* c = g.c + i * g.c_i + j * g.c_j;
         const auto run = i + 1 < left_tiles
                              ? (j + 1 < g.right_tiles ? multiply_amx<2, 2, Decoder> : multiply_amx<2, 1, Decoder>)
@@ -189,6 +223,18 @@ struct AmxOps : Ops {
         const int asked = min_int(ahead.lines, ahead.share);
         ahead.at += asked * kLine, ahead.lines -= asked;
       }
+    }
+  }
+
+  template <bool kOneLeft>
+  static void multiply_many(const Tiles& one, Tiles many, int count, const BlockArgs& g, int64_t c_next) {
+    for (int i = 0; i < count; i += 4, many.at += 4 * many.next) {
+      const int n = min_int(4, count - i);
+      const auto run = n == 4   ? multiply_one<kOneLeft, 4>
+                       : n == 3 ? multiply_one<kOneLeft, 3>
+                       : n == 2 ? multiply_one<kOneLeft, 2>
+                                : multiply_one<kOneLeft, 1>;
+      run(one, many, g.c + i * c_next, c_next, g.q_tiles, g.accumulate);
     }
   }
 

@@ -55,7 +55,6 @@ const KernelTable& table() {
                                       pack_tiles,
                                       gemm,
                                       activate,
-                                      activate_hidden,
                                       activate_backward,
                                       to_bf16_row,
                                       add_scaled_row,

@@ -226,16 +226,13 @@ struct Backward {
     }
   }
 
-  // H of the block in the two layouts that the down adapter's gradients read, with its dropout.
+  // H of the block gets its dropout, and the other layout that the down adapter's gradients read.
   void hidden_block(const Segment& s, int c0, int nc) const {
     const Lora& l = plan.call.lora;
     const int F = intermediate();
     uint16_t* first = h_rows + wave_row(s) * F + c0;
-    for (int r = 0; r < s.rows; ++r) {
+    for (int r = 0; r < s.rows && l.down_keep != nullptr; ++r) {
       uint16_t* h = first + int64_t{r} * F;
-      plan.kernels.activate_hidden(plan.weights.activation, gate_row(s, r, false) + c0, gate_row(s, r, true) + c0, nc,
-                                   h);
-      if (l.down_keep == nullptr) continue;
       const uint8_t* keep = l.down_keep + int64_t{plan.order[s.row0 + r]} * F + c0;
       for (int c = 0; c < nc; ++c) h[c] = keep[c] ? h[c] : 0;  // keep_scale goes into the rank-sized products
     }
@@ -254,10 +251,13 @@ struct Backward {
     const int F = intermediate(), c0 = t.c0, nc = t.nc;
     const int64_t parts = ceil_div(F, kBlock), f_tiles = ceil_div(F, kTileSteps);
     z_block(s, t, b);
-    for (int r = 0; r < s.rows; ++r)
+    for (int r = 0; r < s.rows; ++r) {
+      const int64_t row = wave_row(s) + r;
       plan.kernels.activate_backward(plan.weights.activation, gate_row(s, r, false) + c0, gate_row(s, r, true) + c0,
                                      b.rows[0] + r * nc, plan.routing_weight(s.row0 + r), nc, b.rows[1] + r * nc,
-                                     b.rows[2] + r * nc, dw_parts + (wave_row(s) + r) * parts + c0 / kBlock);
+                                     b.rows[2] + r * nc, dw_parts + row * parts + c0 / kBlock,
+                                     h_rows == nullptr ? nullptr : h_rows + row * F + c0);
+    }
     for (int p : {kGate, kUp}) {
       const DenseView view{b.rows[1 + p], true, nc, 1};
       if (!plan.gradient_in_int8(s) || factors(p).rank > 0)

@@ -93,6 +93,8 @@ CASES = {
     "more_rows_in_wide_tasks": {"E": 3, "T": 60, "D": 700, "F": 600},
     "more_rows_in_wide_tasks_bf16": {"E": 2, "T": 50, "K": 1, "D": 600, "F": 700, "fmt": "bf16"},
     "few_and_more_rows_in_wide_tasks": {"E": 16, "T": 30, "D": 700, "F": 600, "fmt": "int4"},
+    "five_tiles_of_rows": {"E": 2, "T": 70},
+    "six_tiles_of_rows_bf16": {"E": 2, "T": 90, "fmt": "bf16"},
     "several_segments_and_waves": {"E": 3, "T": 3000, "D": 32, "F": 32, "K": 2},
     "fp32_hidden_states": {"dtype": torch.float32},
     "bf16_factors": {"factor_dtype": torch.bfloat16},
