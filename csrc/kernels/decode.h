@@ -15,6 +15,7 @@ struct DecodeUnit {
   using Elem = typename Target::Elem;
   static constexpr bool kRight = kSide == Side::right, kPairTiles = sizeof(Elem) == 2;
   static constexpr bool kCopied = kRight && kPairTiles && !R::Scales::kAny;
+  static constexpr bool kExact = !kPairTiles && !R::Scales::kAny;  // bf16 as it is: nothing to round
   // Codes that lie in the tile's order: no shuffles, the scales are doubled instead.
   static constexpr bool kOrdered = kRight && kPairTiles && R::Scales::kAny && Codes::kOrdered;
 
@@ -43,13 +44,18 @@ struct DecodeUnit {
       Vec::F32 even, odd;
       Codes::decode(codes, p, even, odd);
       even = weights.of(even, p), odd = weights.of(odd, p);
-      if constexpr (kRight) {
+      if constexpr (kRight && kExact) {
+        Vec::store(to + 2 * p * kTileRows, even), Vec::store(to + (2 * p + 1) * kTileRows, odd);
+      } else if constexpr (kRight) {
         Target::store_right(to, p, even, odd);
       } else {
         constexpr int kNextTile = kPanelTiles * kTileElems - kTileElems;  // beyond row 15
         Elem* row = to + 2 * p * kTileSteps + (p & kTileRows / 2) * (kNextTile / (kTileRows / 2));
-        Target::store_left(row, even);
-        Target::store_left(row + kTileSteps, odd);
+        if constexpr (kExact) {
+          Vec::store(row, even), Vec::store(row + kTileSteps, odd);
+        } else {
+          Target::store_left(row, even), Target::store_left(row + kTileSteps, odd);
+        }
       }
     }
   }

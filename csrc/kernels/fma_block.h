@@ -43,7 +43,8 @@ struct BlockArgs {
   int right_tiles, q_tiles;
   bool accumulate;  // else C starts from zero
   Ahead ahead;
-  bool right_codes = false;  // right tiles are read from packed bf16 codes: loads_codes
+  bool right_codes = false;                   // right tiles are read from packed bf16 codes: loads_codes
+  bool sums_held = false, hold_sums = false;  // in the tile unit, from the product before and for the next one
 };
 
 // use(step) for all steps, kTogether of them unrolled: what depends on a step's place among those is a constant.
@@ -103,7 +104,8 @@ inline void multiply_block(const typename Mac::Elem* left, const typename Mac::E
         continue;
       }
     }
-    multiply_steps<1, Mac, Rows, Tiles>(acc, l, r, right_stride, [](int) {});
+    constexpr int kTogether = Mac::kSteps == kPairs ? 1 : 4;  // steps of pairs gain nothing by it
+    multiply_steps<kTogether, Mac, Rows, Tiles>(acc, l, r, right_stride, [](int) {});
   }
   ahead.at += lines * 64, ahead.lines -= lines;
 #pragma GCC unroll 16

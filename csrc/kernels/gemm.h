@@ -385,7 +385,11 @@ inline void gemm(const GemmArgs& g) {
     const int first = at.term;
     for (int turn = 0; at.valid(); ++turn, at.advance(), next.advance(), later.advance()) {
       const Ahead ahead = codes_ahead(g, two ? later : next, two && !next.valid() ? 1 : 0);  // for the next product
-      const BlockArgs product = panel_product(at, at.term > first || at.q0 > 0, panel(turn), c, ahead);
+      BlockArgs product = panel_product(at, at.term > first || at.q0 > 0, panel(turn), c, ahead);
+      if (at.strip_by_strip && g.m <= ActiveOps::kRowsHeld) {
+        product.sums_held = product.accumulate;
+        product.hold_sums = next.valid() && next.strip == at.strip;
+      }
       multiply_panel(at, product, panel(turn), next, panel(turn + 1), two);
     }
     ActiveOps::end();

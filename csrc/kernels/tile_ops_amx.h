@@ -101,14 +101,15 @@ struct Tiles {
 // the vector units decode the next panel: half a unit for four products takes them no time of their own, a whole one
 // does (63 cycles of products, about 80 of decoding, 108 together), so the halves are spread where products suffice.
 template <int I, int J, class Decoder>
-inline void multiply_amx(const uint16_t* left, int64_t left_stride, const Tiles& right, float* c, int64_t c_i,
-                         int64_t c_j, int q_tiles, bool accumulate, const Ahead& ahead, bool spread, Decoder& decoder) {
-  if (accumulate) {
+inline void multiply_amx(const BlockArgs& g, const uint16_t* left, const Tiles& right, float* c, const Ahead& ahead,
+                         bool spread, Decoder& decoder) {
+  const int q_tiles = g.q_tiles;
+  if (g.accumulate && !g.sums_held) {
     TileUnit::load<0>(c);
-    if constexpr (J > 1) TileUnit::load<1>(c + c_j);
-    if constexpr (I > 1) TileUnit::load<2>(c + c_i);
-    if constexpr (I > 1 && J > 1) TileUnit::load<3>(c + c_i + c_j);
-  } else {
+    if constexpr (J > 1) TileUnit::load<1>(c + g.c_j);
+    if constexpr (I > 1) TileUnit::load<2>(c + g.c_i);
+    if constexpr (I > 1 && J > 1) TileUnit::load<3>(c + g.c_i + g.c_j);
+  } else if (!g.accumulate) {
     TileUnit::zero<0>(), TileUnit::zero<1>(), TileUnit::zero<2>(), TileUnit::zero<3>();
   }
   int q = 0;
@@ -123,7 +124,7 @@ inline void multiply_amx(const uint16_t* left, int64_t left_stride, const Tiles&
       TileUnit::dot<1, 4, 7>();
     }
     if constexpr (I > 1) {
-      TileUnit::load<5>(l + left_stride * kTileElems);
+      TileUnit::load<5>(l + g.left_stride * kTileElems);
       TileUnit::dot<2, 5, 6>();
       if constexpr (J > 1) TileUnit::dot<3, 5, 7>();
     }
@@ -143,10 +144,11 @@ inline void multiply_amx(const uint16_t* left, int64_t left_stride, const Tiles&
     for (int i = 0; i < lines; ++i) ask_for(ahead.at + q * ahead.stride + i * kLine);
     step();
   }
+  if (g.hold_sums) return;
   TileUnit::store<0>(c);
-  if constexpr (J > 1) TileUnit::store<1>(c + c_j);
-  if constexpr (I > 1) TileUnit::store<2>(c + c_i);
-  if constexpr (I > 1 && J > 1) TileUnit::store<3>(c + c_i + c_j);
+  if constexpr (J > 1) TileUnit::store<1>(c + g.c_j);
+  if constexpr (I > 1) TileUnit::store<2>(c + g.c_i);
+  if constexpr (I > 1 && J > 1) TileUnit::store<3>(c + g.c_i + g.c_j);
 }
 
 // One tile of one side times N of the other, 1 to 4: blocks of 2 x 2 would have two sums, which wait for themselves.
@@ -189,6 +191,7 @@ struct AmxOps : Ops {
   static constexpr bool kInterleaves = true;
   static constexpr bool kDecoderAsks = true;             // for the codes further on, not the products
   static constexpr int kRowsStripByStrip = 128;          // of 2,048 columns they fill a quarter of L2
+  static constexpr int kRowsHeld = 2 * kTileRows;        // whose sums stay in the tile unit for all panels of a strip
   static constexpr bool kLoadsCodes = true;              // loads_codes
   static constexpr bool kWideTasks = true;               // KernelTable::wide_tasks
   static constexpr bool kSigned8 = true;                 // int8 products take both factors signed
@@ -219,7 +222,7 @@ struct AmxOps : Ops {
         const auto run = i + 1 < left_tiles
                              ? (j + 1 < g.right_tiles ? multiply_amx<2, 2, Decoder> : multiply_amx<2, 1, Decoder>)
                              : (j + 1 < g.right_tiles ? multiply_amx<1, 2, Decoder> : multiply_amx<1, 1, Decoder>);
-        run(left, g.left_stride, right, c, g.c_i, g.c_j, g.q_tiles, g.accumulate, ahead, spread, decoder);
+        run(g, left, right, c, ahead, spread, decoder);
         const int asked = min_int(ahead.lines, ahead.share);
         ahead.at += asked * kLine, ahead.lines -= asked;
       }

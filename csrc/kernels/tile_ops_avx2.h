@@ -28,8 +28,8 @@ struct Ops {
   static constexpr bool kInterleaves = false;  // the products take all registers
   static constexpr bool kMultipliesCodes = false;
   static constexpr int kInterleavedLeftRows = 0;
-  static constexpr int kRowsStripByStrip = 0;
-  static constexpr bool kLoadsCodes = false, kWideTasks = false, kSigned8 = false;
+  static constexpr int kRowsStripByStrip = 0, kRowsHeld = 0;
+  static constexpr bool kLoadsCodes = false, kWideTasks = true, kSigned8 = false;
   static constexpr bool kDecoderAsks = false;  // products do
   template <class Decoder>
   static void multiply(const BlockArgs& g, Decoder& decoder) {

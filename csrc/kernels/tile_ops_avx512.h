@@ -65,8 +65,8 @@ struct Ops {
 #endif
   static constexpr bool kInterleaves = Mac::kSteps == kPairs;  // of bf16 tiles a step is a pair
   static constexpr int kInterleavedLeftRows = 32;
-  static constexpr int kRowsStripByStrip = 0;
-  static constexpr bool kLoadsCodes = false, kWideTasks = false, kSigned8 = false;
+  static constexpr int kRowsStripByStrip = 0, kRowsHeld = 0;
+  static constexpr bool kLoadsCodes = false, kWideTasks = !kInterleaves, kSigned8 = false;
   static constexpr bool kDecoderAsks = false;             // products do
   static constexpr bool kMultipliesCodes = kInterleaves;  // with codes decoded in registers (direct.h)
   template <class Decoder>

@@ -1,5 +1,7 @@
 #include "moe/plan.h"
 
+#include <unistd.h>
+
 #include <algorithm>
 #include <cstring>
 
@@ -106,11 +108,18 @@ int Plan::most_rows(const Wave& wave) const {
   return most;
 }
 
+// Sums of a task: an eighth of L2, and not more than its buffers hold.
+static int most_sums() {
+  const long l2 = sysconf(_SC_LEVEL2_CACHE_SIZE);  // 0 or -1 where the system does not know it
+  return static_cast<int>(std::min<long>(l2 / 8 / static_cast<long>(sizeof(float)), kMaxRows * kMaxCols));
+}
+
 int Plan::task_columns(const Wave& wave) const {
   const int rows = most_rows(wave);
   if (!kernels.wide_tasks || rows <= kSkinnyRows) return kMaxCols;
-  const int fit = kMaxRows * kMaxCols / static_cast<int>(round_up(rows, kTileRows));
-  return std::min(fit / kBlock * kBlock, kFewRowsCols);
+  static const int sums = most_sums();
+  const int fit = sums / static_cast<int>(round_up(rows, kTileRows));
+  return std::clamp(fit / kBlock * kBlock, kMaxCols, kFewRowsCols);
 }
 
 int Plan::forward_columns(const Wave& wave) const {
